@@ -1,0 +1,386 @@
+"""The nouns that stages exchange, their Arrow schemas, and the checks a row must pass.
+
+Axes: ids are int32 and unpadded; `*_mask` is uint8, 1 for each id that trains; `*_logprob` and
+`advantage` hold one float32 for each masked id, in order.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+NO_SCORE = -99999.0
+"""The reward on disk where a score was asked for and there is none (the seed's convention)."""
+
+STATUSES = ("complete", "ended_early", "failed")
+
+IntArray = npt.NDArray[np.int32]
+MaskArray = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
+
+
+class ToolCall(TypedDict):
+    """One call of a tool; `arguments` is a JSON string on disk."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(TypedDict, total=False):
+    """One message of a dialogue. Absent and null mean the same; chat.py drops nulls."""
+
+    role: str
+    content: str | None
+    reasoning_content: str | None
+    name: str | None
+    tool_calls: list[ToolCall] | None
+    tool_call_id: str | None
+
+
+@dataclass(slots=True)
+class Turn:
+    """What the policy saw and said at one of its turns.
+
+    `context_t = (context_{t-1} + response_{t-1})[:keep] + prompt_ids`. `response_ids` end with the
+    stop token only if the model sampled it. `logprobs` (one for each response id) are those of the
+    distribution sampled from, or None where the engine renormalised it.
+    """
+
+    keep: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str
+
+
+@dataclass(slots=True)
+class RewardPart:
+    """A named component of a reward, one value for each policy turn."""
+
+    name: str
+    kind: str
+    values: list[float]
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One dialogue of a policy with its environment; `prompt_id` + `sample` is the key.
+
+    `branch_turn` (h) and `score_turn` (L) are 0-based policy turns. `turns` is None for text that
+    no engine of ours produced. The reward fields are None until `rank` has filled them.
+    """
+
+    prompt_id: str
+    sample: int
+    messages: list[Message]
+    turns: list[Turn] | None
+    branch_turn: int | None
+    score_turn: int
+    status: str
+    end_reason: str
+    tools: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    rewards: list[float | None] | None = None
+    reward_errors: list[str | None] | None = None
+    reward_parts: list[RewardPart] | None = None
+    reward_model: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.prompt_id, self.sample
+
+
+@dataclass(slots=True)
+class Segment:
+    """`length` ids from `start`, seen after the first `keep` ids of all that came before them."""
+
+    start: int
+    length: int
+    keep: int
+
+
+@dataclass(slots=True)
+class Span:
+    """Where a policy turn's sampled ids are: ids[start:end]."""
+
+    turn: int
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class TrainingSequence:
+    """Ids cut into segments, with the mask of what trains and the spans of the policy's turns."""
+
+    ids: IntArray
+    mask: MaskArray
+    segments: list[Segment]
+    spans: list[Span]
+
+
+@dataclass(slots=True)
+class Member:
+    """One rollout inside a pair. Log-probs: one float32 for each masked id, or None."""
+
+    sample: int
+    messages: list[Message]
+    sequence: TrainingSequence
+    reward: float
+    sample_logprob: FloatArray | None = None
+    old_logprob: FloatArray | None = None
+    ref_logprob: FloatArray | None = None
+
+
+@dataclass(slots=True)
+class PairExample:
+    """Two rollouts of one prompt; the key is (prompt_id, chosen.sample, reject.sample)."""
+
+    prompt_id: str
+    branch_turn: int | None
+    score_turn: int
+    chosen: Member
+    reject: Member
+    prefix_length: int
+
+
+@dataclass(slots=True)
+class GroupExample:
+    """One rollout of a group. `advantage`: one float32 for each masked id; None for SFT."""
+
+    prompt_id: str
+    sample: int
+    sequence: TrainingSequence
+    reward: float | None
+    advantage: FloatArray | None
+    sample_logprob: FloatArray | None = None
+    old_logprob: FloatArray | None = None
+    ref_logprob: FloatArray | None = None
+
+
+TOOL_CALL = pa.struct([("id", pa.string()), ("name", pa.string()), ("arguments", pa.string())])
+MESSAGE = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.string()),
+        ("reasoning_content", pa.string()),
+        ("name", pa.string()),
+        ("tool_calls", pa.list_(TOOL_CALL)),
+        ("tool_call_id", pa.string()),
+    ]
+)
+TURN = pa.struct(
+    [
+        ("keep", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+    ]
+)
+REWARD_PART = pa.struct(
+    [("name", pa.string()), ("kind", pa.string()), ("values", pa.list_(pa.float64()))]
+)
+SEGMENTS = pa.list_(
+    pa.struct([("start", pa.int32()), ("length", pa.int32()), ("keep", pa.int32())])
+)
+SPANS = pa.list_(pa.struct([("turn", pa.int32()), ("start", pa.int32()), ("end", pa.int32())]))
+FLOATS = pa.list_(pa.float32())
+
+ROLLOUTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("messages", pa.list_(MESSAGE)),
+        ("tools", pa.string()),
+        ("turns", pa.list_(TURN)),
+        ("branch_turn", pa.int32()),
+        ("score_turn", pa.int32()),
+        ("status", pa.string()),
+        ("end_reason", pa.string()),
+        ("info", pa.string()),
+    ]
+)
+REWARD_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("rewards", pa.list_(pa.float64())),
+    ("reward_errors", pa.list_(pa.string())),
+    ("reward_parts", pa.list_(REWARD_PART)),
+    ("reward_model", pa.string()),
+]
+RANKED = pa.schema([*ROLLOUTS, *(pa.field(name, kind) for name, kind in REWARD_COLUMNS)])
+
+_MEMBER_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("token", pa.list_(pa.int32())),
+    ("mask", pa.list_(pa.uint8())),
+    ("segments", SEGMENTS),
+    ("spans", SPANS),
+    ("reward", pa.float64()),
+    ("sample_logprob", FLOATS),
+]
+PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("chosen_sample", pa.int32()),
+        ("reject_sample", pa.int32()),
+        ("branch_turn", pa.int32()),
+        ("score_turn", pa.int32()),
+        ("prefix_length", pa.int32()),
+        *[
+            (f"{side}{name}", kind)
+            for side in ("chosen", "reject")
+            for name, kind in [
+                ("", pa.list_(MESSAGE)),
+                *((f"_{name}", kind) for name, kind in _MEMBER_COLUMNS),
+            ]
+        ],
+    ]
+)
+GROUPS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        *_MEMBER_COLUMNS,
+        ("advantage", FLOATS),
+    ]
+)
+WRITTEN_BY = {
+    **{name: "generate" for name in ROLLOUTS.names},
+    **{name: "rank" for name, _ in REWARD_COLUMNS},
+    **{name: "tokenize_masks" for name in [*PAIRS.names, *GROUPS.names]},
+    "prompt_id": "generate",
+    "sample": "generate",
+    "branch_turn": "generate",
+    "score_turn": "generate",
+}
+"""The stage that writes each column, for errors about a missing one."""
+
+
+def message_row(message: Message) -> dict[str, Any]:
+    """Give a message every column of the Arrow struct."""
+    return {name: message.get(name) for name in MESSAGE.names}
+
+
+def clean_message(row: dict[str, Any]) -> Message:
+    """Drop the null fields that Arrow filled in."""
+    return Message(**{k: v for k, v in row.items() if v is not None})  # type: ignore[typeddict-item]
+
+
+def _shallow(item: Any) -> dict[str, Any]:
+    # dataclasses.asdict copies each int of each list; ids are long.
+    return {f.name: getattr(item, f.name) for f in fields(item)}
+
+
+def rollout_row(rollout: Rollout) -> dict[str, Any]:
+    """Turn a rollout into a row of ROLLOUTS, or of RANKED once it has rewards."""
+    row = _shallow(rollout)
+    row["messages"] = [message_row(message) for message in rollout.messages]
+    row["turns"] = None if rollout.turns is None else [_shallow(turn) for turn in rollout.turns]
+    row["info"] = json.dumps(rollout.info, ensure_ascii=False, sort_keys=True)
+    if rollout.rewards is None:
+        return {name: row[name] for name in ROLLOUTS.names}
+    row["reward_parts"] = [_shallow(part) for part in rollout.reward_parts or []]
+    return {name: row[name] for name in RANKED.names}
+
+
+def rollout_from_row(row: dict[str, Any]) -> Rollout:
+    """Turn a row of ROLLOUTS or RANKED back into a rollout."""
+    values = {name: row.get(name) for name in RANKED.names}
+    values["messages"] = [clean_message(message) for message in row["messages"]]
+    turns = row.get("turns")
+    values["turns"] = None if turns is None else [Turn(**turn) for turn in turns]
+    values["info"] = json.loads(row.get("info") or "{}")
+    parts = row.get("reward_parts")
+    values["reward_parts"] = None if parts is None else [RewardPart(**part) for part in parts]
+    return Rollout(**values)
+
+
+def _sequence_row(sequence: TrainingSequence) -> dict[str, Any]:
+    return {
+        "token": sequence.ids,
+        "mask": sequence.mask,
+        "segments": [_shallow(segment) for segment in sequence.segments],
+        "spans": [_shallow(span) for span in sequence.spans],
+    }
+
+
+def _sequence_from_row(row: dict[str, Any], side: str) -> TrainingSequence:
+    return TrainingSequence(
+        ids=np.asarray(row[f"{side}token"], dtype=np.int32),
+        mask=np.asarray(row[f"{side}mask"], dtype=np.uint8),
+        segments=[Segment(**segment) for segment in row[f"{side}segments"]],
+        spans=[Span(**span) for span in row[f"{side}spans"]],
+    )
+
+
+def _floats(values: Any) -> FloatArray | None:
+    return None if values is None else np.asarray(values, dtype=np.float32)
+
+
+def pair_row(pair: PairExample) -> dict[str, Any]:
+    """Turn a pair into a row of PAIRS (without old and reference log-probs)."""
+    row: dict[str, Any] = {
+        "prompt_id": pair.prompt_id,
+        "branch_turn": pair.branch_turn,
+        "score_turn": pair.score_turn,
+        "prefix_length": pair.prefix_length,
+    }
+    for side, member in (("chosen", pair.chosen), ("reject", pair.reject)):
+        row[side] = [message_row(message) for message in member.messages]
+        row[f"{side}_sample"] = member.sample
+        row[f"{side}_reward"] = member.reward
+        row[f"{side}_sample_logprob"] = member.sample_logprob
+        row |= {f"{side}_{k}": v for k, v in _sequence_row(member.sequence).items()}
+    return row
+
+
+def _member_from_row(row: dict[str, Any], side: str) -> Member:
+    return Member(
+        sample=row[f"{side}_sample"],
+        messages=[clean_message(message) for message in row.get(side) or []],
+        sequence=_sequence_from_row(row, f"{side}_"),
+        reward=row[f"{side}_reward"],
+        sample_logprob=_floats(row.get(f"{side}_sample_logprob")),
+        old_logprob=_floats(row.get(f"{side}_old_logprob")),
+        ref_logprob=_floats(row.get(f"{side}_ref_logprob")),
+    )
+
+
+def pair_from_row(row: dict[str, Any]) -> PairExample:
+    """Turn a row of PAIRS (with or without log-prob columns) back into a pair."""
+    return PairExample(
+        prompt_id=row["prompt_id"],
+        branch_turn=row["branch_turn"],
+        score_turn=row["score_turn"],
+        chosen=_member_from_row(row, "chosen"),
+        reject=_member_from_row(row, "reject"),
+        prefix_length=row["prefix_length"],
+    )
+
+
+def group_row(example: GroupExample) -> dict[str, Any]:
+    """Turn an example into a row of GROUPS (without old and reference log-probs)."""
+    return {
+        "prompt_id": example.prompt_id,
+        "sample": example.sample,
+        **_sequence_row(example.sequence),
+        "reward": example.reward,
+        "sample_logprob": example.sample_logprob,
+        "advantage": example.advantage,
+    }
+
+
+def group_from_row(row: dict[str, Any]) -> GroupExample:
+    """Turn a row of GROUPS back into an example."""
+    return GroupExample(
+        prompt_id=row["prompt_id"],
+        sample=row["sample"],
+        sequence=_sequence_from_row(row, ""),
+        reward=row["reward"],
+        advantage=_floats(row.get("advantage")),
+        sample_logprob=_floats(row.get("sample_logprob")),
+        old_logprob=_floats(row.get("old_logprob")),
+        ref_logprob=_floats(row.get("ref_logprob")),
+    )

@@ -1,0 +1,1 @@
+"""Who scores a rollout, turn by turn."""
