@@ -1,1 +1,11 @@
-"""Who speaks: each module wraps one way of getting ids out of a model."""
+"""Who speaks: each module wraps one way of getting ids out of a model.
+
+A new engine is a file and a line here. Each value is `module:function`; the function takes
+(model, tokenizer, EngineOptions) and returns an Engine. See `base.py` for the seam.
+"""
+
+ENGINES = {
+    "hf": "pipeline.engines.hf:open_engine",
+    "vllm": "pipeline.engines.vllm:open_engine",
+    "scripted": "pipeline.engines.scripted:open_engine",
+}

@@ -1,12 +1,19 @@
 """The engine seam: ids in, ids and their log-probs out, with the reason why it stopped."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import EngineError
+from pipeline.records import Message
 
-__all__ = ["Completion", "Engine", "EngineError", "Request", "Sampling"]
+if TYPE_CHECKING:
+    from pipeline.engines.rounds import Rounds
+
+__all__ = ["Completion", "Engine", "EngineError", "EngineOptions", "Request", "Sampling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +29,23 @@ class Sampling:
     @property
     def renormalises(self) -> bool:
         """Whether the distribution sampled from isn't the tempered softmax of the logits."""
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+        filtered = self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+        return filtered or self.temperature == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion: `ids` is the whole context, `key` orders requests of one round."""
+    """One completion: `ids` is the whole context, `key` orders requests of one round.
+
+    `messages` is the same context as text, for engines that take nothing else (chat APIs, scripts).
+    """
 
     ids: Sequence[int]
     seed: int
     sampling: Sampling
     stop_ids: tuple[int, ...]
     key: tuple[str, int, int]
+    messages: Sequence[Message] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +53,33 @@ class Completion:
     """Sampled ids, ending with a stop token only if it was sampled.
 
     `logprobs`: one float for each id, of the tempered distribution sampled from (natural log); None
-    where the engine renormalised it (top_p, top_k, min_p). `finish_reason`: "stop" or "length".
+    where the engine renormalised it (top_p, top_k, min_p, greedy). `finish_reason`: "stop" or "length".
     """
 
     ids: list[int]
     logprobs: list[float] | None
     finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine needs to start; each reads the fields that concern it.
+
+    `rounds` is shared by the engines of a stage. `urls`: attach to servers instead of starting one.
+    `log_dir`: where a started server's log goes. `max_model_len` 0: the model's own context.
+    """
+
+    rounds: Rounds
+    dtype: str = "auto"
+    device: str = "auto"
+    max_batch_tokens: int = 65536
+    max_batch_rows: int = 256
+    urls: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+    max_model_len: int = 0
+    log_dir: Path = Path()
+    script: str = ""
+    extra_args: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

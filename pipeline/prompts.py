@@ -1,0 +1,213 @@
+"""Prompt sources: UltraInteract, HH text, trl-style messages, any JSONL or dataset repo.
+
+A prompt is the opening of a dialogue (it ends with a user message) plus what the environment or the
+reward needs later: the dataset's own later user turns, the ground truth.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from pipeline.environments.guessing_game import opening
+from pipeline.errors import DataError
+from pipeline.records import Message
+from pipeline.seeds import generator_for
+
+GAME = "guessing_game"
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+_HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_KEPT = ("answer", "ground_truth", "id", "task", "dataset")
+"""Columns that are carried into `info` when a row has them."""
+
+
+class NotADialogue(ValueError):
+    """A row that no prompt can be made of; the text is the reason that is counted."""
+
+
+@dataclass(slots=True)
+class Prompt:
+    """The opening of a dialogue; `prompt_id` is a hash of the content, or the dataset's own."""
+
+    prompt_id: str
+    messages: list[Message]
+    info: dict[str, Any] = field(default_factory=dict)
+    tools: str | None = None
+
+
+@dataclass(slots=True)
+class Prompts:
+    """The prompts of a run in key order, and the count of rows left out by reason."""
+
+    prompts: list[Prompt]
+    rows: int
+    dropped: Counter[str]
+
+
+def load_prompts(
+    dataset: str, split: str, num_data: int, seed: int, keep_user_turns: bool
+) -> Prompts:
+    """Read a source, deduplicate by content, keep the first `num_data` (0: all), sort by key.
+
+    `keep_user_turns`: the dataset's later user turns belong to the content (an environment will
+    replay them), so dialogues that only share their opening stay apart.
+    """
+    if dataset.split(":")[0] == GAME:
+        return guessing_games(dataset, num_data, seed)
+    kept: dict[str, Prompt] = {}
+    dropped: Counter[str] = Counter()
+    rows = 0
+    for row in _rows(dataset, split):
+        if num_data and len(kept) == num_data:
+            break
+        rows += 1
+        try:
+            prompt = prompt_of(row, keep_user_turns)
+        except NotADialogue as error:
+            dropped[str(error)] += 1
+            continue
+        if prompt.prompt_id in kept:
+            dropped["duplicate"] += 1
+        kept.setdefault(prompt.prompt_id, prompt)
+    if not kept:
+        raise DataError(f"{dataset}: no row of {rows} is a prompt; left out: {dict(dropped)}")
+    return Prompts(sorted(kept.values(), key=lambda prompt: prompt.prompt_id), rows, dropped)
+
+
+def guessing_games(dataset: str, num_data: int, seed: int) -> Prompts:
+    """Make `num_data` guessing games; `guessing_game:100` plays with numbers from 1 to 100."""
+    high = dataset.partition(":")[2] or "32"
+    if not high.isdigit() or not 2 <= int(high) <= 99:
+        raise DataError(f"--dataset {dataset}: the range is a number from 2 to 99, not {high!r}")
+    if not num_data:
+        raise DataError("--dataset guessing_game has no end: say how many with --num_data")
+    prompts = []
+    for index in range(num_data):
+        prompt_id = f"game-{seed}-{index:07d}"
+        secret = int(generator_for(seed, prompt_id, 0, 0, "secret").integers(1, int(high) + 1))
+        info = {"game": GAME, "low": 1, "high": int(high), "secret": secret}
+        first = Message(role="user", content=opening(1, int(high)))
+        prompts.append(Prompt(prompt_id, [first], info))
+    return Prompts(prompts, num_data, Counter())
+
+
+def prompt_of(row: Any, keep_user_turns: bool = False) -> Prompt:
+    """Turn a dataset's row into a prompt. Raises NotADialogue with the reason."""
+    if not isinstance(row, dict):
+        raise NotADialogue("not_an_object")
+    column, messages = _messages_of(row)
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+    if first is None:
+        raise NotADialogue("no_user_message")
+    if any(m["role"] != "system" for m in messages[:first]):
+        raise NotADialogue("does_not_open_with_user")
+    opening_messages, rest = messages[: first + 1], messages[first + 1 :]
+    if any(m["role"] == other["role"] for m, other in zip(messages[first:], rest, strict=False)):
+        raise NotADialogue("roles_do_not_alternate")
+    if column == "prompt":
+        opening_messages, rest = messages, []
+    if opening_messages[-1]["role"] != "user":
+        raise NotADialogue("does_not_end_with_user")
+    if not (opening_messages[-1]["content"] or "").strip():
+        raise NotADialogue("empty_prompt")
+    info = {name: row[name] for name in _KEPT if row.get(name) is not None}
+    if isinstance(row.get("info"), str):
+        info |= json.loads(row["info"])
+    later = [m["content"] for m in rest if m["role"] == "user"]
+    if later:
+        info["user_turns"] = later
+    tools = row.get("tools") if isinstance(row.get("tools"), str) else None
+    key = [opening_messages, tools, later if keep_user_turns else []]
+    return Prompt(row.get("prompt_id") or _content_id(key), opening_messages, info, tools)
+
+
+def _content_id(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _messages_of(row: dict[str, Any]) -> tuple[str, list[Message]]:
+    """Return the first column that holds a dialogue, and the dialogue."""
+    for name in ("messages", "trajectory", "conversations", "prompt", "chosen"):
+        value = row.get(name)
+        if not isinstance(value, str | list) or not value:
+            continue
+        if isinstance(value, str):
+            return name, hh_messages(value) if name == "chosen" else [_message("user", value)]
+        return name, [_from_pairs(item) for item in value]
+    raise NotADialogue("no_messages")
+
+
+def hh_messages(text: str) -> list[Message]:
+    r"""Parse HH's "\n\nHuman: ...\n\nAssistant: ..." text. Raises NotADialogue."""
+    parts = _HH_TURN.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        raise NotADialogue("not_hh_text")
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return [_message(speaker.lower(), said.strip()) for speaker, said in pairs]
+
+
+def _from_pairs(item: Any) -> Message:
+    if not isinstance(item, dict):
+        raise NotADialogue("not_a_message")
+    return _message(item.get("role", item.get("from")), item.get("content", item.get("value")))
+
+
+def _message(role: Any, content: Any) -> Message:
+    if not isinstance(role, str) or role not in _ROLES:
+        raise NotADialogue("unknown_role")
+    if not isinstance(content, str):
+        raise NotADialogue("content_is_not_text")
+    return Message(role=_ROLES[role], content=content)
+
+
+def _rows(dataset: str, split: str) -> Iterator[Any]:
+    path = Path(dataset)
+    if path.is_file():
+        return _jsonl(path)
+    if re.search(r"\.jsonl?(\.gz)?$", dataset):
+        raise DataError(f"--dataset {dataset}: no such file")
+    return _dataset_rows(dataset, split)
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with path.open("rb") as raw:
+        opened = gzip.open(raw) if path.suffix == ".gz" else raw
+        with jsonlines.Reader(io.TextIOWrapper(opened, encoding="utf-8")) as reader:
+            while True:
+                try:
+                    yield reader.read(skip_empty=True)
+                except EOFError:
+                    return
+                except jsonlines.InvalidLineError:
+                    yield None
+
+
+def _dataset_rows(dataset: str, split: str) -> Iterator[Any]:
+    from pipeline.store import open_repo, parse_repo
+
+    name = parse_repo(dataset)
+    if name.path is not None:
+        for batch in open_repo(dataset).batches(split):
+            yield from batch.to_pylist()
+        return
+    from datasets import load_dataset
+
+    yield from load_dataset(name.hub_id, split=split, revision=name.revision)
