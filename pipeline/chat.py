@@ -1,0 +1,351 @@
+"""The only module that touches a chat template: render, bridge between turns, find spans.
+
+Engines get ids, never text. Sampled ids are never decoded and encoded again: what follows a
+policy turn is the template's own text between that turn and the next, appended to the ids.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, RowError
+from pipeline.records import Message
+from pipeline.shield import Shield, strings_of, unused_characters
+
+TEMPLATE_ERROR = "template_error"
+SPAN_UNPROVEN = "span_unproven"
+
+Messages = Sequence[Message] | Sequence[Mapping[str, Any]]
+
+
+class Chat:
+    """A tokenizer with its chat template, seen at one date.
+
+    `tokenizer`: a fast tokenizer of transformers. `date`: ISO day that templates see as today.
+    `extra_stop_ids`: those of the model's generation config. Raises DataError where the tokenizer
+    isn't fast, has no chat template, or one that can't render a question and its answer.
+    """
+
+    def __init__(self, tokenizer: Any, date: str, extra_stop_ids: Iterable[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(f"{name} is no fast tokenizer: convert it, tokenizer.json is needed")
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"{name} has no chat template; use an instruction-tuned model, or put a "
+                "chat_template.jinja beside its tokenizer.json"
+            )
+        day = datetime.fromisoformat(date)
+        self._now = day.strftime
+        added = tokenizer.added_tokens_decoder
+        self._shield = Shield(
+            tokenizer.backend_tokenizer, [t.content for t in added.values() if t.special]
+        )
+        self._special_ids = {id_ for id_, token in added.items() if token.special}
+        try:
+            self.stop_ids = self._stops(extra_stop_ids)
+            self.append_only = all(self._only_appends(probe) for probe in _probes())
+        except RowError as error:
+            raise DataError(f"the chat template of {name} can't be used: {error.detail}") from None
+
+    def prompt(self, messages: Messages, tools: str | None = None) -> list[int]:
+        """Return the ids of a dialogue up to and including the header of the next policy turn."""
+        return self._encode(messages, tools, lambda page: page)
+
+    def next(
+        self, context: Sequence[int], messages: Messages, tools: str | None = None
+    ) -> tuple[int, list[int]]:
+        """Return (keep, prompt_ids): after its turn the policy sees context[:keep] + prompt_ids.
+
+        `context`: ids of the last context and its response; `messages`: everything said so far,
+        the last policy turn and what followed it included. Where the template only appends, keep
+        is the whole context.
+        """
+        if self.append_only or self._still_appends(context, messages, tools):
+            return len(context), self._bridge(context, messages, tools)
+        ids = self.prompt(messages, tools)
+        keep = _common_prefix(context, ids)
+        return keep, ids[keep:]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a response, without its stop token and other special tokens."""
+        said = list(ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids)
+        return self._text(said, skip_special_tokens=True)
+
+    def encode_dialogue(
+        self, messages: Messages, tools: str | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a whole dialogue and the (start, end) of each assistant turn in them.
+
+        One pass with offsets; a span holds the turn's end-of-turn token. Raises RowError where
+        the template refuses the dialogue or a span's edges are no edges of tokens.
+        """
+        said, schemas = _clean(messages), _tools(tools)
+        cover = self._shield.cover([said, schemas])
+        said, schemas = cover.hide(said), cover.hide(schemas)
+        page = self._render(said, schemas, generation_prompt=False)
+        encoding = cover.encode(page)
+        spans = []
+        for i, message in enumerate(said):
+            if message["role"] == "assistant":
+                start, end = self._turn(page, said, i, schemas)
+                edges = len(cover.spell(page[:start])), len(cover.spell(page[:end]))
+                spans.append(_token_span(encoding.offsets, *edges))
+        return encoding.ids, spans
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list | None, generation_prompt: bool = True
+    ) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                strftime_now=self._now,
+            )
+        # Templates also fail as Python does: None + "text", a list taken for a string.
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowError(TEMPLATE_ERROR, str(error)) from None
+
+    def _encode(
+        self, messages: Messages, tools: str | None, part: Callable[[str], str]
+    ) -> list[int]:
+        """Render, take a part of the page, and encode it; look-alikes stay plain text."""
+        said, schemas = _clean(messages), _tools(tools)
+        if not self._shield.finds([said, schemas]):
+            page = part(self._render(said, schemas))
+            return self.tokenizer(page, add_special_tokens=False)["input_ids"]
+        cover = self._shield.cover([said, schemas])
+        page = part(self._render(cover.hide(said), cover.hide(schemas)))
+        return cover.encode(page).ids
+
+    def _bridge(self, context: Sequence[int], messages: Messages, tools: str | None) -> list[int]:
+        """Return the template's ids between the last policy turn's content and the next turn."""
+        said = _clean(messages)
+        marked, marker = _mark(said, _last_assistant(said))
+        ids = self._encode(marked, tools, lambda page: _after(page, marker))
+        return ids[self._already_said(context, ids) :]
+
+    def _already_said(self, context: Sequence[int], bridge: list[int]) -> int:
+        """Count the ids of the bridge up to the stop token that the response ended with.
+
+        A response cut by length ends with no stop token; then the bridge ends the turn.
+        """
+        ending = self._ending(bridge)
+        return ending if ending and context[-1] == bridge[ending - 1] else 0
+
+    def _ending(self, ids: list[int]) -> int:
+        """Count the ids that end a turn: blanks, then a stop token. 0 where there is none."""
+        for i, id_ in enumerate(ids):
+            if id_ in self.stop_ids:
+                return i + 1
+            if self._text([id_]).strip():
+                break
+        return 0
+
+    def _stops(self, extra: Iterable[int]) -> tuple[int, ...]:
+        """Return the tokenizer's EOS, the generation config's, and the template's end of turn."""
+        marked, marker = _mark([_user("Hi."), _assistant("")], 1)
+        tail = _after(self._render(marked, None, generation_prompt=False), marker)
+        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        end_of_turn = [id_ for id_ in ids if id_ in self._special_ids][:1]
+        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        stops = tuple(dict.fromkeys([*end_of_turn, *eos, *extra]))
+        if not stops:
+            raise RowError(TEMPLATE_ERROR, "it ends no turn, and the tokenizer has no EOS token")
+        return stops
+
+    def _only_appends(self, probe: list[dict[str, Any]]) -> bool:
+        """Test that what a policy saw and said at each turn opens the page of the dialogue."""
+        try:
+            page = self._render(probe, None)
+        except RowError:
+            # What the template refuses (a system role) it can't rewrite either.
+            return True
+        spoken = [i for i, message in enumerate(probe) if message["role"] == "assistant"]
+        return all(page.startswith(self._pages_then(probe[: i + 1])) for i in spoken)
+
+    def _pages_then(self, probe: list[dict[str, Any]]) -> tuple[str, ...]:
+        """Return what the page may have been when the probe's last turn had just been said."""
+        content = probe[-1]["content"]
+        if "reasoning_content" in probe[-1]:
+            head, _, _ = self._render(probe, None, generation_prompt=False).rpartition(content)
+            return (head + content,)
+        before = self._render(probe[:-1], None)
+        return before + content, f"{before} {content}"
+
+    def _still_appends(self, context: Sequence[int], messages: Messages, tools: str | None) -> bool:
+        """Test, for a template that may rewrite history, that this dialogue's is left as it was."""
+        said, schemas = _clean(messages), _tools(tools)
+        last = _last_assistant(said)
+        text = self._text(context)
+        before = self._render(said[:last], schemas)
+        page = self._render(said, schemas)
+        spoken = text[len(before) :]
+        for stop in sorted(self._text([i]) for i in self.stop_ids):
+            spoken = spoken.removesuffix(stop)
+        return text.startswith(before) and page.startswith(before + spoken)
+
+    def _turn(
+        self, page: str, said: list[dict[str, Any]], turn: int, schemas: list | None
+    ) -> tuple[int, int]:
+        """Locate an assistant message on the page: (start, end) in characters, its end included.
+
+        It starts where the generation prompt ends; it ends where the page goes on as it does
+        after any other content.
+        """
+        before = self._render(said[:turn], schemas)
+        marked, marker = _mark(said, turn)
+        lead, _, rest = self._render(marked, schemas, generation_prompt=False).partition(marker)
+        text = page[len(before) : len(page) - len(rest)]
+        known = page.startswith(before) and page == before + text + rest
+        if not known or not _spells(text, said[turn], lead.removeprefix(before)):
+            raise RowError(SPAN_UNPROVEN, f"message {turn} isn't on the page as it was said")
+        ending = re.match(rf"\s*(?:{self._stop_pattern()})", rest)
+        return len(before), len(before) + len(text) + (ending.end() if ending else 0)
+
+    def _stop_pattern(self) -> str:
+        return "|".join(re.escape(self._text([id_])) for id_ in self.stop_ids)
+
+    def _text(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(
+            list(ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+
+
+def load_chat(model: str, date: str, trust_remote_code: bool = False) -> Chat:
+    """Load the tokenizer of a model folder or Hub id, with the stop ids of its generation config.
+
+    Raises DataError where there is no tokenizer or no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(f"no tokenizer can be loaded from {model!r}: {error}") from None
+    return Chat(tokenizer, date, _generation_stops(model))
+
+
+def _generation_stops(model: str) -> list[int]:
+    """Return `eos_token_id` of a model's generation_config.json; [] where there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path = Path(model) / "generation_config.json"
+    if not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(model, path.name))
+        except LocalEntryNotFoundError:
+            raise  # an outage, or an incomplete offline copy: not "there is none"
+        except EntryNotFoundError:
+            return []
+    if not path.exists():
+        return []
+    stops = json.loads(path.read_text()).get("eos_token_id")
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
+def _clean(messages: Messages) -> list[dict[str, Any]]:
+    """Drop null fields; give tool calls the shape that templates expect, arguments decoded."""
+    cleaned: list[dict[str, Any]] = [
+        {k: v for k, v in message.items() if v is not None} for message in messages
+    ]
+    for message in cleaned:
+        if "tool_calls" in message:
+            message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    return cleaned
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return dict(call)
+    try:
+        arguments = json.loads(call["arguments"])
+    except ValueError:
+        arguments = call["arguments"]  # what a model wrote need not be JSON
+    return {
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }
+
+
+def _tools(tools: str | None) -> list | None:
+    return json.loads(tools) if tools else None
+
+
+def _mark(messages: list[dict[str, Any]], turn: int) -> tuple[list[dict[str, Any]], str]:
+    """Replace what an assistant message says by one character that occurs nowhere else."""
+    (marker,) = unused_characters("".join(strings_of(messages)), 1)
+    return [*messages[:turn], _assistant(marker), *messages[turn + 1 :]], marker
+
+
+def _after(page: str, marker: str) -> str:
+    _, found, rest = page.rpartition(marker)
+    if not found:
+        raise RowError(TEMPLATE_ERROR, "it doesn't write what the assistant said")
+    return rest
+
+
+def _last_assistant(messages: list[dict[str, Any]]) -> int:
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def _spells(text: str, message: Mapping[str, Any], lead: str) -> bool:
+    """Say whether a text of the page is what a message says, trimmed or after the usual lead."""
+    content = message.get("content", "")
+    if "tool_calls" in message or "reasoning_content" in message:
+        return content.strip() in text
+    return any(text == start + said for start in ("", lead) for said in (content, content.strip()))
+
+
+def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """Return the tokens that cover characters start to end, and nothing else."""
+    first = bisect_left(offsets, start, key=itemgetter(0))
+    last = bisect_left(offsets, end, key=itemgetter(0))
+    clean_start = first == 0 or offsets[first - 1][1] <= start
+    if first == last or not clean_start or offsets[last - 1][1] != end:
+        raise RowError(SPAN_UNPROVEN, f"a token crosses the edge of characters {start} to {end}")
+    return first, last
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    shorter = min(len(left), len(right))
+    return next((i for i in range(shorter) if left[i] != right[i]), shorter)
+
+
+def _user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str, **more: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def _probes() -> list[list[dict[str, Any]]]:
+    """Dialogues that show whether a template rewrites history: short, long, with thoughts."""
+    thought = "<think>\nThe user greets.\n</think>\n\nHello."
+    answers = [
+        [_assistant("Hello.")],
+        [_assistant(f"Answer {i}.") for i in range(4)],
+        [_assistant(thought), _assistant("Fine."), _assistant(thought)],
+        [_assistant("Hello.", reasoning_content="The user greets.") for _ in range(2)],
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    dialogues = []
+    for said in answers:
+        turns = [m for i, answer in enumerate(said) for m in (_user(f"Question {i}?"), answer)]
+        dialogues += [[*opening, *turns, _user("And now?")] for opening in ([], [system])]
+    return dialogues

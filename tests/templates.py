@@ -1,0 +1,153 @@
+"""Chat templates written from the formats of real models, and a byte-level tokenizer for them.
+
+The tokenizer is trained here, in a fraction of a second; any text survives encode and decode.
+"""
+
+from functools import cache
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+LLAMA3 = """{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+LLAMA31 = """{{- bos_token }}
+{%- set today = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
+{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + today + '\\n\\n' + system }}
+{{- '<|eot_id|>' }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+CHATML = """{%- if messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}
+{%- if tools %}{{- '# Tools\\n' }}{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message.content is defined %}{{- message.content }}{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n<tool_call>\\n' + call.function.name + ' ' + call.function.arguments | tojson }}
+{{- '\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+QWEN3 = """{%- set state = namespace(last_user=0) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{%- set state.last_user = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+{%- set content = message.content %}{%- set thought = '' %}
+{%- if message.role == 'assistant' %}
+{%- if message.reasoning_content is defined %}{%- set thought = message.reasoning_content %}
+{%- elif '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and loop.index0 > state.last_user %}
+{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+GEMMA = """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+{{- raise_exception('System role not supported') }}{%- endif %}
+{%- for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- endif %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"""
+
+MISTRAL = """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] + '\\n\\n' %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- endif %}
+{%- for message in messages %}
+{%- if message['role'] == 'user' %}
+{{- '[INST] ' + (system if loop.last else '') + message['content'] + '[/INST]' }}
+{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}
+{%- endfor %}"""
+
+MISTRAL_APPENDS = MISTRAL.replace("loop.last", "loop.first")
+
+COUNTING = """{{- 'There are ' ~ messages | length ~ ' messages.\\n' }}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+PLAIN = """{%- for message in messages %}
+{{- message['role'] + ': ' + message['content'] + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}"""
+
+_LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+_CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+FORMATS: dict[str, tuple[str, list[str], str | None, str]] = {
+    "llama3": (LLAMA3, _LLAMA, _LLAMA[0], "<|eot_id|>"),
+    "llama31": (LLAMA31, _LLAMA, _LLAMA[0], "<|eot_id|>"),
+    "chatml": (CHATML, _CHATML, None, "<|im_end|>"),
+    "qwen3": (QWEN3, _CHATML, None, "<|im_end|>"),
+    "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+    "mistral": (MISTRAL_APPENDS, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
+    "mistral_moving_system": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
+    "counting": (COUNTING, _CHATML, None, "<|im_end|>"),
+    "plain": (PLAIN, ["<eos>"], None, "<eos>"),
+}
+"""Name -> template, special tokens, BOS, EOS."""
+
+_TEXT = [
+    "The user asks what the answer is, and the assistant says that it's forty-two.",
+    "Is it higher or lower? I guess 16. assistant user system model\n\nHello there.",
+]
+
+
+@cache
+def _backend(special: tuple[str, ...]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Real byte-level tokenizers trim offsets; chat.py must not be misled by it.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT * 4, trainer)
+    return tokenizer
+
+
+def make_tokenizer(name: str) -> Any:
+    """Return a fast tokenizer of transformers with one of FORMATS' chat templates."""
+    from transformers import PreTrainedTokenizerFast
+
+    template, special, bos, eos = FORMATS[name]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend(tuple(special)).to_str()),
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=template,
+        name_or_path=name,
+    )
