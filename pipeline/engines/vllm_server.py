@@ -1,0 +1,150 @@
+"""A vLLM server as a supervised process: started, watched, ended with the stage."""
+
+import importlib.util
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+from pipeline.engines import guard
+from pipeline.errors import EngineError
+
+LOG_LINES = 20
+# A 70B model comes from a cold disk in minutes; a server that failed says so at once, by its exit.
+START_TIMEOUT_S = 3600.0
+POLL_S = 0.25
+
+# Telemetry is opt-in here; both names are vLLM's.
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+
+
+class VllmServer:
+    """A server process that this one owns.
+
+    `name` is the model name it serves under, drawn at random: another server that took the port in
+    the meantime doesn't know it, and can't be mistaken for ours.
+    """
+
+    def __init__(self, command: Sequence[str], url: str, name: str, log: Path) -> None:
+        self.url = url
+        self.name = name
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", guard.__file__, *command],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C goes to the stage, which then closes us in order.
+                start_new_session=True,
+                env=ENVIRONMENT | os.environ,
+            )
+
+    def check(self) -> None:
+        """Raise EngineError, with the exit code and the last log lines, if the server is gone."""
+        code = self._process.poll()
+        if code is not None:
+            raise EngineError(self._story(f"exited with code {code}"))
+
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Return when the server answers. Raises EngineError when it exits or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        # trust_env off: a proxy for the outside world has no business before 127.0.0.1.
+        with httpx.Client(timeout=5.0, trust_env=False) as client:
+            while not self._is_up(client):
+                self.check()
+                if time.monotonic() > deadline:
+                    raise EngineError(self._story(f"did not answer within {timeout_s:g} s"))
+                time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """End the server and all its workers; safe to repeat."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(guard.GRACE_S + 5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _is_up(self, client: httpx.Client) -> bool:
+        try:
+            return client.get(f"{self.url}/health").status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def _story(self, what: str) -> str:
+        with self.log.open(encoding="utf-8", errors="replace") as file:
+            tail = "".join(deque(file, maxlen=LOG_LINES)).rstrip()
+        return f"the vLLM server {what}. The last lines of {self.log}:\n{tail}"
+
+
+def start_server(
+    model: str,
+    log_dir: Path,
+    flags: Mapping[str, str | int] | None = None,
+    extra_args: Sequence[str] = (),
+    timeout_s: float = START_TIMEOUT_S,
+) -> VllmServer:
+    """Start a server for `model` on a free local port and wait until it answers.
+
+    `flags` become `--name value`; `extra_args` come last and win. Raises EngineError when vLLM
+    isn't installed, or when the server exits or doesn't answer within `timeout_s`.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError("vLLM isn't installed. Install it with `pip install 'turnwise[vllm]'`")
+    port, name = _free_port(), f"turnwise-{secrets.token_hex(4)}"
+    log = log_dir / f"vllm-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}-{port}.log"
+    command = server_command(model, port, name, flags or {}, extra_args)
+    server = VllmServer(command, f"http://127.0.0.1:{port}", name, log)
+    try:
+        server.wait_until_ready(timeout_s)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def server_command(
+    model: str, port: int, name: str, flags: Mapping[str, str | int], extra_args: Sequence[str]
+) -> list[str]:
+    """Return the command line. The module, not `vllm serve`: that fails for the CPU build's name.
+
+    `--generation-config vllm`: sampling parameters don't come from the model's folder.
+    `--logprobs-mode processed_logprobs`: log-probs of the tempered distribution sampled from.
+    `--load-format safetensors`: no pickled weights.
+    """
+    fixed: dict[str, str | int] = {
+        "model": model,
+        "served-model-name": name,
+        "host": "127.0.0.1",
+        "port": port,
+        "generation-config": "vllm",
+        "logprobs-mode": "processed_logprobs",
+        "load-format": "safetensors",
+    }
+    pairs = [part for key, value in (fixed | dict(flags)).items() for part in (f"--{key}", value)]
+    start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return [*start, *map(str, pairs), "--disable-uvicorn-access-log", *extra_args]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
