@@ -1,0 +1,249 @@
+"""Score the policy's turns with a reward model, and write a ranked repo.
+
+python stages/rank.py --prompts ./rollouts --reward_model MODEL --output_repo ./ranked
+Under accelerate launch or torchrun the processes share the rows.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline import store
+from pipeline.config import execution, run
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.rewards.base import RewardModel
+    from pipeline.rewards.summary import Summary
+    from pipeline.scoring import Records
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score the policy's turns and write the rollouts with their rewards."""
+
+    prompts: str = execution("")
+    """Repo to score: generate's output, any dataset with `messages`, or REFUEL's own columns."""
+    reward_model: str = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
+    """Folder or Hub id (ArmoRM or a sequence classifier with one label), rule:NAME?parameter=value
+    (guessing_game, final_answer, length, format) or python:path/to/file.py:function."""
+    output_repo: str = execution("")
+    """Where to write: ./folder, or org/name on the Hub."""
+    public: bool = execution(False)
+    """Make a Hub repo public; it is private otherwise."""
+    turns: Literal["needed", "all"] = "needed"
+    """Which policy turns to score: needed (the score turn, which trains) or all."""
+    num_turns: int = 0
+    """With --turns all, score only so many turns of a dialogue; 0 scores every one."""
+    columns: tuple[str, ...] = ("trajectory", "trajectory_sampled_h_from_sampled_len")
+    """Columns with the dialogues of a row, for repos in the layout of REFUEL's script."""
+    max_length: int = 4096
+    """Longest prefix in ids; a longer one has no score (too_long), and is never cut."""
+    bos: Literal["template", "none"] = "template"
+    """Whether the text keeps the chat template's BOS (as FsfairX's card scores) or loses it (as
+    FsfairX was trained)."""
+    keep_objectives: bool = False
+    """Keep ArmoRM's 19 objectives in reward_parts."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations: auto is the checkpoint's on a GPU and float32 on a CPU. The heads
+    and the scores are float32 always."""
+    device: str = execution("auto")
+    """Where the model runs: auto (this process's GPU, or the CPU), cpu, cuda or cuda:N."""
+    max_tokens_per_batch: int = execution(16384)
+    """Most ids of one forward pass, padding included; when memory runs out it is halved."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.prompts:
+            problems.append("--prompts is missing: the output of generate")
+        if not self.output_repo:
+            problems.append("--output_repo is missing: ./folder, or org/name on the Hub")
+        for name, least in [("max_length", 1), ("max_tokens_per_batch", 1), ("num_turns", 0)]:
+            if getattr(self, name) < least:
+                problems.append(f"--{name} {getattr(self, name)}: at least {least}")
+        if problems:
+            raise DataError("; ".join(problems))
+
+
+def main(config: Config) -> None:
+    """Score what is missing of this process's chunks; process 0 then writes all of them."""
+    from pipeline.rewards import reward_fingerprint
+
+    prompts = store.open_repo(config.prompts)
+    fingerprint = reward_fingerprint(config.reward_model)
+    output = store.begin(
+        "rank",
+        "ranked",
+        config,
+        config.output_repo,
+        inputs=[prompts],
+        models={"reward_model": fingerprint},
+        public=config.public,
+    )
+    if output.finished:
+        return
+    _score(config, output, prompts, fingerprint)
+    if _rank() == 0:
+        _wait(output, _total(config, prompts))
+        _write(config, output, prompts, f"{config.reward_model}@{fingerprint}")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world() -> int:
+    # Set by accelerate and torchrun; no process group is needed, the journals are on disk.
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _score(config: Config, output: store.Run, prompts: store.Repo, fingerprint: str) -> None:
+    """Score every chunk that is this process's and that no journal has."""
+    from tqdm import tqdm
+
+    from pipeline.scoring import rollouts_of, score_chunk, windows
+
+    done = {record["chunk"] for record in output.journals()}
+    model: RewardModel | None = None
+    rows = -(-_rows(config, prompts) // _world())
+    with (
+        closing(output.journal(f"journal-{_rank():05d}")) as journal,
+        tqdm(total=rows, unit="rollout", disable=_rank() > 0) as bar,
+    ):
+        for split in prompts.splits():
+            for window in windows(rollouts_of(prompts, split, config.columns)):
+                for chunk in window:
+                    if chunk.number % _world() != _rank():
+                        continue
+                    key = f"{split}/{chunk.number}"
+                    if key not in done:
+                        model = model or _load(config, output, fingerprint)
+                        scores = score_chunk(model, chunk, config.turns, config.num_turns)
+                        journal.append({"chunk": key, "rows": chunk.rows, "scores": scores})
+                        journal.sync()
+                    bar.update(len(chunk.rows))
+
+
+def _load(config: Config, output: store.Run, fingerprint: str) -> "RewardModel":
+    from pipeline.rewards import Settings, load_reward
+
+    settings = Settings(
+        max_length=config.max_length,
+        dtype=config.dtype,
+        device=config.device,
+        max_tokens_per_batch=config.max_tokens_per_batch,
+        keep_objectives=config.keep_objectives,
+        bos=config.bos,
+        date=output.date,
+    )
+    return load_reward(config.reward_model, settings, fingerprint)
+
+
+def _rows(config: Config, prompts: store.Repo) -> int:
+    from pipeline.scoring import rollouts_per_row
+
+    return sum(
+        prompts.num_rows(split) * rollouts_per_row(prompts, split, config.columns)
+        for split in prompts.splits()
+    )
+
+
+def _total(config: Config, prompts: store.Repo) -> int:
+    from pipeline.scoring import count_chunks, rollouts_per_row
+
+    return sum(
+        count_chunks(prompts.num_rows(split) * rollouts_per_row(prompts, split, config.columns))
+        for split in prompts.splits()
+    )
+
+
+def _wait(output: store.Run, total: int) -> None:
+    """Wait until the journals of all processes hold every chunk.
+
+    A process that fails takes the others with it: its launcher ends them.
+    """
+    pause = 0.2
+    while (done := len({record["chunk"] for record in output.journals()})) < total:
+        print(f"waiting for the other processes: {done} of {total} chunks are scored", flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, 60.0)
+
+
+def _write(config: Config, output: store.Run, prompts: store.Repo, reward_model: str) -> None:
+    """Write the rows in the input's order."""
+    from pipeline.rewards.summary import Summary
+    from pipeline.scoring import Records
+
+    records = Records(sorted(output.work.glob("journal-*.jsonl")))
+    summary = Summary()
+    splits = {
+        split: _batches(config, prompts, split, records, reward_model, summary)
+        for split in prompts.splits()
+    }
+    # The store reads these after the rows, which fill them as they pass: one pass, flat memory.
+    told: dict[str, dict[str, Any]] = {"counts": {}, "extra": {}, "pictures": {}, "card": {}}
+    last = prompts.splits()[-1]
+    splits[last] = _then(splits[last], lambda: _tell(config, summary, told))
+    output.write(
+        splits,
+        counts=told["counts"],
+        extra=told["extra"],
+        pictures=told["pictures"],
+        card=told["card"],
+    )
+    _print(summary)
+
+
+def _batches(
+    config: Config,
+    prompts: store.Repo,
+    split: str,
+    records: "Records",
+    reward_model: str,
+    summary: "Summary",
+) -> Iterator["pa.RecordBatch"]:
+    import pyarrow as pa
+
+    from pipeline.records import RANKED, rollout_row
+    from pipeline.scoring import ranked_windows, rollouts_of
+
+    rollouts = rollouts_of(prompts, split, config.columns)
+    for window in ranked_windows(rollouts, split, records, reward_model):
+        for rollout in window:
+            summary.add(rollout)
+        yield pa.RecordBatch.from_pylist([rollout_row(item) for item in window], schema=RANKED)
+    summary.close_prompt()
+
+
+def _then(
+    batches: Iterator["pa.RecordBatch"], finish: Callable[[], None]
+) -> Iterator["pa.RecordBatch"]:
+    yield from batches
+    finish()
+
+
+def _tell(config: Config, summary: "Summary", told: dict[str, dict[str, Any]]) -> None:
+    from pipeline.pictures import score_by_turn
+
+    told["counts"].update(rows_in=summary.rows, **summary.counts())
+    told["extra"].update(summary.extra())
+    told["card"].update(tables=[summary.table()])
+    if rows := summary.picture_rows(config.reward_model):
+        told["pictures"]["reward_by_turn.png"] = score_by_turn(rows)
+
+
+def _print(summary: "Summary") -> None:
+    for turn, tally in sorted(summary.turns.items()):
+        mean = f"mean {tally.mean:.4g}" if tally.scores else "no score"
+        print(f"turn {turn + 1}: {mean}, {tally.scores} scores, {tally.missing} without")
+    for reason, count in summary.errors.most_common():
+        print(f"no score: {reason}: {count}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
