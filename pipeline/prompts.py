@@ -6,7 +6,6 @@ reward needs later: the dataset's own later user turns, the ground truth.
 
 import gzip
 import hashlib
-import io
 import json
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ import jsonlines
 from pipeline.environments.guessing_game import opening
 from pipeline.errors import DataError
 from pipeline.records import Message
+from pipeline.repos import Repo, open_repo, parse_repo
 from pipeline.seeds import generator_for
 
 GAME = "guessing_game"
@@ -178,31 +178,61 @@ def _message(role: Any, content: Any) -> Message:
     return Message(role=_ROLES[role], content=content)
 
 
+def source_of(dataset: str) -> list[Repo]:
+    """Return the prompt source for the lineage of an output; nothing for games made here."""
+    path = Path(dataset)
+    if dataset.split(":")[0] == GAME:
+        return []
+    if path.is_file():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return [Repo(dataset, path, None, digest, None, {})]
+    _refuse_missing_file(dataset)
+    name = parse_repo(dataset)
+    if name.path is not None:
+        return [open_repo(dataset)]
+    revision = hub_revision(name.hub_id or "", name.revision)
+    return [Repo(dataset, name.folder, revision, revision, None, {})]
+
+
+def hub_revision(hub_id: str, revision: str | None) -> str:
+    """Return the commit of a Hub dataset. Raises DataError where there is none, or no network."""
+    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    from pipeline.hub import hub_api
+
+    try:
+        return hub_api().dataset_info(hub_id, revision=revision).sha
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
+        raise DataError(f"can't read the dataset {hub_id} from the Hub: {error}") from error
+
+
+def _refuse_missing_file(dataset: str) -> None:
+    if re.search(r"\.jsonl?(\.gz)?$", dataset):
+        raise DataError(f"--dataset {dataset}: no such file")
+
+
 def _rows(dataset: str, split: str) -> Iterator[Any]:
     path = Path(dataset)
     if path.is_file():
         return _jsonl(path)
-    if re.search(r"\.jsonl?(\.gz)?$", dataset):
-        raise DataError(f"--dataset {dataset}: no such file")
+    _refuse_missing_file(dataset)
     return _dataset_rows(dataset, split)
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
-    with path.open("rb") as raw:
-        opened = gzip.open(raw) if path.suffix == ".gz" else raw
-        with jsonlines.Reader(io.TextIOWrapper(opened, encoding="utf-8")) as reader:
-            while True:
-                try:
-                    yield reader.read(skip_empty=True)
-                except EOFError:
-                    return
-                except jsonlines.InvalidLineError:
-                    yield None
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file, jsonlines.Reader(file) as reader:
+        while True:
+            try:
+                yield reader.read(skip_empty=True)
+            except EOFError:
+                return
+            except jsonlines.InvalidLineError:
+                yield None
 
 
 def _dataset_rows(dataset: str, split: str) -> Iterator[Any]:
-    from pipeline.store import open_repo, parse_repo
-
     name = parse_repo(dataset)
     if name.path is not None:
         for batch in open_repo(dataset).batches(split):

@@ -247,9 +247,9 @@ GROUPS = pa.schema(
     ]
 )
 WRITTEN_BY = {
-    **{name: "generate" for name in ROLLOUTS.names},
+    **dict.fromkeys(ROLLOUTS.names, "generate"),
     **{name: "rank" for name, _ in REWARD_COLUMNS},
-    **{name: "tokenize_masks" for name in [*PAIRS.names, *GROUPS.names]},
+    **dict.fromkeys([*PAIRS.names, *GROUPS.names], "tokenize_masks"),
     "prompt_id": "generate",
     "sample": "generate",
     "branch_turn": "generate",
@@ -294,7 +294,7 @@ def rollout_from_row(row: dict[str, Any]) -> Rollout:
     values["info"] = json.loads(row.get("info") or "{}")
     parts = row.get("reward_parts")
     values["reward_parts"] = None if parts is None else [RewardPart(**part) for part in parts]
-    return Rollout(**values)
+    return Rollout(**values)  # type: ignore[arg-type]
 
 
 def _sequence_row(sequence: TrainingSequence) -> dict[str, Any]:

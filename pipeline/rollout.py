@@ -115,10 +115,7 @@ def rollout_of(dialogue: Dialogue, plan: Plan, end: End | None) -> Rollout:
 
     A dialogue without a single policy turn has nothing to score and is recorded as failed.
     """
-    if not dialogue.turns:
-        status = "failed"
-    else:
-        status = "complete" if end is None else "ended_early"
+    played = "complete" if end is None else "ended_early"
     return Rollout(
         prompt_id=dialogue.prompt_id,
         sample=dialogue.sample,
@@ -126,7 +123,7 @@ def rollout_of(dialogue: Dialogue, plan: Plan, end: End | None) -> Rollout:
         turns=dialogue.turns,
         branch_turn=plan.branch_turn,
         score_turn=max(min(plan.score_turn, len(dialogue.turns) - 1), 0),
-        status=status,
+        status=played if dialogue.turns else "failed",
         end_reason="score_turn" if end is None else end.reason,
         tools=dialogue.tools,
         info=dialogue.info,

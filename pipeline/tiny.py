@@ -47,8 +47,8 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int, max_context: int) -> A
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|eot_id|>",
+        bos_token=LLAMA3_SPECIAL[0],
+        eos_token=LLAMA3_SPECIAL[-1],
         model_max_length=max_context,
         chat_template=LLAMA3_TEMPLATE,
         clean_up_tokenization_spaces=False,

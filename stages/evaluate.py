@@ -1,6 +1,6 @@
 """Compare policies turn by turn: mean score and win-rate against a baseline, with 95% intervals.
 
-python stages/evaluate.py --input_repo ./ranked_new --baseline_repo ./ranked_start --output_repo ./eval
+python stages/evaluate.py --input_repo ./ranked_start ./ranked_new --output_repo ./evaluation
 """
 
 import math
@@ -34,7 +34,7 @@ class Config:
     split: str = "train"
     """Split of each repo."""
     require_gain: bool = execution(False)
-    """Exit 1 unless the last policy's final-turn score is above the baseline's by both intervals."""
+    """Exit 1 unless the last policy's final-turn score is above the first's by both intervals."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -65,7 +65,7 @@ def main(config: Config) -> None:
         _write(output, rows)
     _print(rows)
     if config.require_gain and not _gained(rows):
-        raise SystemExit("the last policy's final-turn score is not above the baseline's by both intervals")
+        raise SystemExit("the last final-turn score is not above the first's by both intervals")
 
 
 def _rows(output: store.Run) -> list[dict[str, Any]]:
@@ -107,9 +107,7 @@ def _compare(
 def _rewards(repo: store.Repo, split: str) -> list[tuple[str, list[float | None] | None]]:
     repo.require(["prompt_id", "rewards"])
     table = repo.table(split, ["prompt_id", "rewards"])
-    return list(
-        zip(table["prompt_id"].to_pylist(), table["rewards"].to_pylist(), strict=True)
-    )
+    return list(zip(table["prompt_id"].to_pylist(), table["rewards"].to_pylist(), strict=True))
 
 
 def _write(output: store.Run, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,8 @@ import asyncio
 import importlib
 import json
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from pipeline.errors import DataError
 from pipeline.plans import PLANS, Plan, plan_for
 
 if TYPE_CHECKING:
-    from pipeline.engines.base import Engine, EngineOptions
+    from pipeline.engines.base import Engine
     from pipeline.prompts import Prompt, Prompts
     from pipeline.records import Rollout
     from pipeline.rollout import Table
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
 class Config:
     """Generate dialogues turn by turn and write a rollouts repo."""
 
-    model: str = "meta-llama/Meta-Llama-3-8B-Instruct"
+    model: str = execution("meta-llama/Meta-Llama-3-8B-Instruct")
     """Policy: a folder or a Hub id."""
-    user_model: str = "meta-llama/Meta-Llama-3.1-70B-Instruct"
+    user_model: str = execution("meta-llama/Meta-Llama-3.1-70B-Instruct")
     """User model of the simulated_user environment: a folder or a Hub id."""
     dataset: str = "openbmb/UltraInteract_pair"
     """Where prompts come from: a JSONL file, a dataset repo, or guessing_game[:HIGHEST]."""
@@ -97,7 +99,7 @@ class Config:
     """Run code that a model repo brings along."""
 
     def __post_init__(self) -> None:
-        known = [
+        known: list[tuple[str, Iterable[str], str]] = [
             (self.plan, PLANS, "--plan"),
             (self.environment, ENVIRONMENTS, "--environment"),
             (self.engine, ENGINES, "--engine"),
@@ -106,7 +108,7 @@ class Config:
         problems = [
             f"{flag} {value}: known are {', '.join(names)}"
             for value, names, flag in known
-            if value not in names
+            if value not in set(names)
         ]
         if not self.output_repo and not self.output_dir:
             problems.append("--output_repo is missing: ./folder, or org/name on the Hub")
@@ -127,20 +129,20 @@ class Config:
 
 def main(config: Config) -> None:
     """Play what is missing of each prompt's rollouts, then write them in key order."""
+    from pipeline.prompts import load_prompts, source_of
+
     output = store.begin(
         "generate",
         "rollouts",
         config,
         config.repo,
-        inputs=_inputs(config),
+        inputs=source_of(config.dataset),
         models=_fingerprints(config),
         seed=config.seed,
         public=config.public,
     )
     if output.finished:
         return
-    from pipeline.prompts import load_prompts
-
     prompts = load_prompts(
         config.dataset,
         config.dataset_split,
@@ -154,20 +156,10 @@ def main(config: Config) -> None:
         )
         for prompt in prompts.prompts
     }
-    with output.journal() as journal:
+    with closing(output.journal()) as journal:
         done = _finished(journal)
         asyncio.run(_play(config, output, prompts.prompts, plans, done, journal))
     _write(output, prompts)
-
-
-def _inputs(config: Config) -> list[store.Repo]:
-    """Name the prompt source in the lineage, where it is a file or a repo."""
-    path = Path(config.dataset)
-    if path.is_file():
-        return [store.file_input(path)]
-    if config.dataset.startswith("guessing_game"):
-        return []
-    return [store.open_repo(config.dataset)]
 
 
 def _fingerprints(config: Config) -> dict[str, str]:
@@ -291,7 +283,7 @@ def _write(output: store.Run, prompts: "Prompts") -> None:
 
     from pipeline.records import ROLLOUTS
 
-    with output.journal() as journal:
+    with closing(output.journal()) as journal:
         rows = sorted(journal.records(), key=lambda row: (row["prompt_id"], row["sample"]))
     counts = Counter(f"status_{row['status']}" for row in rows)
     counts += Counter(f"end_{row['end_reason']}" for row in rows)

@@ -6,7 +6,6 @@ python stages/init_model.py --dataset guessing_game --output_dir ./tiny
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import store
 from pipeline.config import execution, run
@@ -53,10 +52,16 @@ class Config:
 
 def main(config: Config) -> None:
     """Train the tokenizer, draw the weights, save the folder."""
-    output = store.begin_model("init_model", config, config.output_dir, inputs=_inputs(config))
+    from pipeline.prompts import source_of
+
+    output = store.begin_model(
+        "init_model", config, config.output_dir, inputs=source_of(config.dataset), seed=config.seed
+    )
     if output.finished:
         return
-    from pipeline.models import save_policy, tiny_llama
+    import torch
+
+    from pipeline.models import tiny_llama, untied, write_folder
     from pipeline.tiny import make_tokenizer
 
     tokenizer = make_tokenizer(_texts(config), config.vocab_size, config.max_context)
@@ -65,25 +70,18 @@ def main(config: Config) -> None:
         hidden_size=config.hidden_size,
         layers=config.num_layers,
         heads=config.num_heads,
-        max_context=config.max_context,
+        max_positions=config.max_context,
         seed=config.seed,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters / 1e6:.2f}M parameters, {len(tokenizer)} ids")
 
+    weights = untied(model, model.state_dict())
+
     def save(folder: Path) -> None:
-        save_policy(model, tokenizer, folder)
+        write_folder(model, weights, tokenizer, folder, torch.float32)
 
     output.finish(save, counts={"parameters": parameters, "vocabulary": len(tokenizer)})
-
-
-def _inputs(config: Config) -> list[Any]:
-    path = Path(config.dataset)
-    if path.is_file():
-        return [store.file_input(path)]
-    if config.dataset.startswith("guessing_game"):
-        return []
-    return [store.open_repo(config.dataset)]
 
 
 def _texts(config: Config) -> Iterator[str]:

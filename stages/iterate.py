@@ -87,7 +87,11 @@ def commands(
     from; {next}: the one it makes; {all} repeats a value for t = 0..K.
     """
     names = {"folder": folder, "t": 0, "policy": recipe["policy"].format(folder=folder, t=0)}
-    for part, rounds in [("open", [0]), ("each", range(1, iterations + 1)), ("close", [iterations])]:
+    for part, rounds in [
+        ("open", [0]),
+        ("each", range(1, iterations + 1)),
+        ("close", [iterations]),
+    ]:
         for t in rounds:
             names["t"] = t
             names["policy"] = recipe["policy"].format(folder=folder, t=max(t - 1, 0))
@@ -122,8 +126,11 @@ def _filled(value: str, names: Mapping[str, Any], iterations: int) -> list[str]:
 
 def _executable(command: list[str]) -> list[str]:
     """Run with this Python whatever `python` is on the path, from any folder."""
-    launcher = sys.executable if command[0] == "python" else str(Path(sys.executable).parent / command[0])
-    return [launcher, *(str(STAGES.parent / c) if c.startswith("stages/") else c for c in command[1:])]
+    here = Path(sys.executable)
+    launcher = str(here if command[0] == "python" else here.parent / command[0])
+    root = STAGES.parent
+    rest = [str(root / part) if part.startswith("stages/") else part for part in command[1:]]
+    return [launcher, *rest]
 
 
 if __name__ == "__main__":

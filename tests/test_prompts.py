@@ -10,7 +10,9 @@ from pipeline.errors import DataError
 from pipeline.prompts import NotADialogue, hh_messages, load_prompts, prompt_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real inputs are not beside the project")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="the real inputs are not beside the project"
+)
 
 
 def write(path: Path, rows: list) -> str:

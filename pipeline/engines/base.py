@@ -53,7 +53,8 @@ class Completion:
     """Sampled ids, ending with a stop token only if it was sampled.
 
     `logprobs`: one float for each id, of the tempered distribution sampled from (natural log); None
-    where the engine renormalised it (top_p, top_k, min_p, greedy). `finish_reason`: "stop" or "length".
+    where the engine renormalised it (top_p, top_k, min_p, greedy). `finish_reason`: "stop" or
+    "length".
     """
 
     ids: list[int]

@@ -13,6 +13,8 @@ from transformers import DynamicCache
 from pipeline.engines.base import Completion, EngineError, EngineOptions, Request, Sampling
 from pipeline.engines.rounds import Rounds
 
+_DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class HfEngine:
     """Completes whatever waits. Each request samples from its own seed, so a neighbour in the batch
@@ -189,7 +191,9 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> HfEngine:
 
     on_gpu = options.device == "auto" and torch.cuda.is_available()
     device = "cuda" if on_gpu else options.device.replace("auto", "cpu")
-    policy = load_policy(model, dtype=options.dtype).to(device)
-    engine = HfEngine(policy, options.rounds, options.max_batch_tokens, options.max_batch_rows)
+    policy, _ = load_policy(model, dtype=_DTYPES[options.dtype])
+    engine = HfEngine(
+        policy.to(device), options.rounds, options.max_batch_tokens, options.max_batch_rows
+    )
     engine.max_context = min(engine.max_context, options.max_model_len or engine.max_context)
     return engine

@@ -58,8 +58,8 @@ def _run(
 ) -> None:
     try:
         completions = run_batch([request for _, request, _ in entries])
-    except Exception as error:
-        # Whatever failed belongs to those who wait for it; a loop callback has no caller.
+    # Passed on to those who wait for it: a callback of the loop has no caller of its own.
+    except Exception as error:  # noqa: BLE001
         for _, _, future in entries:
             future.set_exception(error)
         return

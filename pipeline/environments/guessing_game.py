@@ -14,11 +14,10 @@ import numpy as np
 from pipeline.environments.base import Dialogue, End, Environment
 from pipeline.records import Message
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
-    " sixteen seventeen eighteen nineteen"
-).split()
-_TENS = ("", "", *"twenty thirty forty fifty sixty seventy eighty ninety".split())
+# A list of 20 strings would be no clearer.
+_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen""".split()  # noqa: SIM905
+_TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _WORDS = {word: number for number, word in enumerate(_ONES)} | {
     word: 10 * number for number, word in enumerate(_TENS) if word
 }
@@ -47,7 +46,7 @@ def guess_of(text: str) -> int | None:
 
 
 def possible(info: dict[str, Any], guesses: Iterable[int | None]) -> tuple[int, int]:
-    """Return the interval (low, high), inclusive, that the answers to the guesses leave possible."""
+    """Return the interval (low, high), inclusive, that the answers to the guesses leave."""
     low, high, secret = info["low"], info["high"], info["secret"]
     for guess in guesses:
         if guess is None:
