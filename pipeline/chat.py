@@ -13,14 +13,21 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from pipeline.dialogues import (
+    Messages,
+    assistant,
+    clean,
+    last_assistant,
+    mark,
+    probes,
+    tool_schemas,
+    user,
+)
 from pipeline.errors import DataError, RowError
-from pipeline.records import Message
-from pipeline.shield import Shield, strings_of, unused_characters
+from pipeline.shield import Shield
 
 TEMPLATE_ERROR = "template_error"
 SPAN_UNPROVEN = "span_unproven"
-
-Messages = Sequence[Message] | Sequence[Mapping[str, Any]]
 
 
 class Chat:
@@ -50,7 +57,7 @@ class Chat:
         self._special_ids = {id_ for id_, token in added.items() if token.special}
         try:
             self.stop_ids = self._stops(extra_stop_ids)
-            self.append_only = all(self._only_appends(probe) for probe in _probes())
+            self.append_only = all(self._only_appends(probe) for probe in probes())
         except RowError as error:
             raise DataError(f"the chat template of {name} can't be used: {error.detail}") from None
 
@@ -86,7 +93,7 @@ class Chat:
         One pass with offsets; a span holds the turn's end-of-turn token. Raises RowError where
         the template refuses the dialogue or a span's edges are no edges of tokens.
         """
-        said, schemas = _clean(messages), _tools(tools)
+        said, schemas = clean(messages), tool_schemas(tools)
         cover = self._shield.cover([said, schemas])
         said, schemas = cover.hide(said), cover.hide(schemas)
         page = self._render(said, schemas, generation_prompt=False)
@@ -120,7 +127,7 @@ class Chat:
         self, messages: Messages, tools: str | None, part: Callable[[str], str]
     ) -> list[int]:
         """Render, take a part of the page, and encode it; look-alikes stay plain text."""
-        said, schemas = _clean(messages), _tools(tools)
+        said, schemas = clean(messages), tool_schemas(tools)
         if not self._shield.finds([said, schemas]):
             page = part(self._render(said, schemas))
             return self.tokenizer(page, add_special_tokens=False)["input_ids"]
@@ -130,8 +137,8 @@ class Chat:
 
     def _bridge(self, context: Sequence[int], messages: Messages, tools: str | None) -> list[int]:
         """Return the template's ids between the last policy turn's content and the next turn."""
-        said = _clean(messages)
-        marked, marker = _mark(said, _last_assistant(said))
+        said = clean(messages)
+        marked, marker = mark(said, last_assistant(said))
         ids = self._encode(marked, tools, lambda page: _after(page, marker))
         return ids[self._already_said(context, ids) :]
 
@@ -154,7 +161,7 @@ class Chat:
 
     def _stops(self, extra: Iterable[int]) -> tuple[int, ...]:
         """Return the tokenizer's EOS, the generation config's, and the template's end of turn."""
-        marked, marker = _mark([_user("Hi."), _assistant("")], 1)
+        marked, marker = mark([user("Hi."), assistant("")], 1)
         tail = _after(self._render(marked, None, generation_prompt=False), marker)
         ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         end_of_turn = [id_ for id_ in ids if id_ in self._special_ids][:1]
@@ -185,8 +192,8 @@ class Chat:
 
     def _still_appends(self, context: Sequence[int], messages: Messages, tools: str | None) -> bool:
         """Test, for a template that may rewrite history, that this dialogue's is left as it was."""
-        said, schemas = _clean(messages), _tools(tools)
-        last = _last_assistant(said)
+        said, schemas = clean(messages), tool_schemas(tools)
+        last = last_assistant(said)
         text = self._text(context)
         before = self._render(said[:last], schemas)
         page = self._render(said, schemas)
@@ -204,7 +211,7 @@ class Chat:
         after any other content.
         """
         before = self._render(said[:turn], schemas)
-        marked, marker = _mark(said, turn)
+        marked, marker = mark(said, turn)
         lead, _, rest = self._render(marked, schemas, generation_prompt=False).partition(marker)
         text = page[len(before) : len(page) - len(rest)]
         known = page.startswith(before) and page == before + text + rest
@@ -257,50 +264,11 @@ def _generation_stops(model: str) -> list[int]:
     return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
-def _clean(messages: Messages) -> list[dict[str, Any]]:
-    """Drop null fields; give tool calls the shape that templates expect, arguments decoded."""
-    cleaned: list[dict[str, Any]] = [
-        {k: v for k, v in message.items() if v is not None} for message in messages
-    ]
-    for message in cleaned:
-        if "tool_calls" in message:
-            message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
-    return cleaned
-
-
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    if "function" in call:
-        return dict(call)
-    try:
-        arguments = json.loads(call["arguments"])
-    except ValueError:
-        arguments = call["arguments"]  # what a model wrote need not be JSON
-    return {
-        "id": call["id"],
-        "type": "function",
-        "function": {"name": call["name"], "arguments": arguments},
-    }
-
-
-def _tools(tools: str | None) -> list | None:
-    return json.loads(tools) if tools else None
-
-
-def _mark(messages: list[dict[str, Any]], turn: int) -> tuple[list[dict[str, Any]], str]:
-    """Replace what an assistant message says by one character that occurs nowhere else."""
-    (marker,) = unused_characters("".join(strings_of(messages)), 1)
-    return [*messages[:turn], _assistant(marker), *messages[turn + 1 :]], marker
-
-
 def _after(page: str, marker: str) -> str:
     _, found, rest = page.rpartition(marker)
     if not found:
         raise RowError(TEMPLATE_ERROR, "it doesn't write what the assistant said")
     return rest
-
-
-def _last_assistant(messages: list[dict[str, Any]]) -> int:
-    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
 
 
 def _spells(text: str, message: Mapping[str, Any], lead: str) -> bool:
@@ -324,28 +292,3 @@ def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tup
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     shorter = min(len(left), len(right))
     return next((i for i in range(shorter) if left[i] != right[i]), shorter)
-
-
-def _user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str, **more: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
-def _probes() -> list[list[dict[str, Any]]]:
-    """Dialogues that show whether a template rewrites history: short, long, with thoughts."""
-    thought = "<think>\nThe user greets.\n</think>\n\nHello."
-    answers = [
-        [_assistant("Hello.")],
-        [_assistant(f"Answer {i}.") for i in range(4)],
-        [_assistant(thought), _assistant("Fine."), _assistant(thought)],
-        [_assistant("Hello.", reasoning_content="The user greets.") for _ in range(2)],
-    ]
-    system = {"role": "system", "content": "Be brief."}
-    dialogues = []
-    for said in answers:
-        turns = [m for i, answer in enumerate(said) for m in (_user(f"Question {i}?"), answer)]
-        dialogues += [[*opening, *turns, _user("And now?")] for opening in ([], [system])]
-    return dialogues

@@ -1,0 +1,78 @@
+"""Dialogues in the shape that chat templates expect, and those that probe a template."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.records import Message
+from pipeline.shield import strings_of, unused_characters
+
+Messages = Sequence[Message] | Sequence[Mapping[str, Any]]
+
+
+def clean(messages: Messages) -> list[dict[str, Any]]:
+    """Drop null fields; give tool calls the shape that templates expect, arguments decoded."""
+    cleaned: list[dict[str, Any]] = [
+        {k: v for k, v in message.items() if v is not None} for message in messages
+    ]
+    for message in cleaned:
+        if "tool_calls" in message:
+            message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    return cleaned
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return dict(call)
+    try:
+        arguments = json.loads(call["arguments"])
+    except ValueError:
+        arguments = call["arguments"]  # what a model wrote need not be JSON
+    return {
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }
+
+
+def tool_schemas(tools: str | None) -> list | None:
+    """Read the JSON that a dialogue carries its tools in."""
+    return json.loads(tools) if tools else None
+
+
+def mark(messages: list[dict[str, Any]], turn: int) -> tuple[list[dict[str, Any]], str]:
+    """Replace what an assistant message says by one character that occurs nowhere else."""
+    (marker,) = unused_characters("".join(strings_of(messages)), 1)
+    return [*messages[:turn], assistant(marker), *messages[turn + 1 :]], marker
+
+
+def last_assistant(messages: list[dict[str, Any]]) -> int:
+    """Return the place of the last assistant message."""
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def user(content: str) -> dict[str, Any]:
+    """Return a message of the user."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **more: str) -> dict[str, Any]:
+    """Return a message of the assistant."""
+    return {"role": "assistant", "content": content, **more}
+
+
+def probes() -> list[list[dict[str, Any]]]:
+    """Dialogues that show whether a template rewrites history: short, long, with thoughts."""
+    thought = "<think>\nThe user greets.\n</think>\n\nHello."
+    answers = [
+        [assistant("Hello.")],
+        [assistant(f"Answer {i}.") for i in range(4)],
+        [assistant(thought), assistant("Fine."), assistant(thought)],
+        [assistant("Hello.", reasoning_content="The user greets.") for _ in range(2)],
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    dialogues = []
+    for said in answers:
+        turns = [m for i, answer in enumerate(said) for m in (user(f"Question {i}?"), answer)]
+        dialogues += [[*opening, *turns, user("And now?")] for opening in ([], [system])]
+    return dialogues
