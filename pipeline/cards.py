@@ -192,16 +192,16 @@ def _lengths(batch: pa.RecordBatch) -> list[int]:
     for name in ("chosen_token", "token"):
         if name in names:
             return [n or 0 for n in pc.list_value_length(batch.column(name)).to_pylist()]
-    if "turns" not in names or batch.column("turns").null_count == len(batch):
+    if "turns" not in names:
         return []
-    turns = batch.column("turns")
+    turns = batch.column("turns").drop_null()  # text that no engine of ours produced has no ids
     flat = turns.flatten()
     keeps = pc.struct_field(flat, "keep").to_pylist()
     prompts, responses = (
         pc.list_value_length(pc.struct_field(flat, name)).to_pylist()
         for name in ("prompt_ids", "response_ids")
     )
-    counts = [n or 0 for n in pc.list_value_length(turns).to_pylist()]
+    counts = pc.list_value_length(turns).to_pylist()
     return _context_lengths(list(zip(keeps, prompts, responses, strict=True)), counts)
 
 

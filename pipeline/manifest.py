@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a manifest or a run's state; None when there is no such file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}); was it edited? Delete it") from error
