@@ -28,7 +28,9 @@ def run(command: list[str]) -> int:
 
 
 def _end_with_stdin(child: subprocess.Popen) -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: its lock, held by this thread, would abort the interpreter's shutdown.
+    while os.read(0, 4096):
+        pass
     _signal_group(child.pid, signal.SIGTERM)
     try:
         child.wait(GRACE_S)

@@ -88,7 +88,7 @@ class VllmEngine:
     ) -> None:
         self.servers = list(servers)
         self.max_context = min(server.max_context for server in servers)
-        self._process = process
+        self.process = process
         self._retry = retry or Retry()
         # The stage bounds what is in flight; a smaller pool here would time requests out.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -112,15 +112,15 @@ class VllmEngine:
     async def close(self) -> None:
         """Drop the connections, and end the server if the stage started it."""
         await self._client.aclose()
-        if self._process is not None:
-            await asyncio.to_thread(self._process.close)
+        if self.process is not None:
+            await asyncio.to_thread(self.process.close)
 
     async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             return _json(await self._client.post(f"{url}/v1/completions", json=body))
         except TRANSIENT:
-            if self._process is not None:
-                self._process.check()
+            if self.process is not None:
+                self.process.check()
             raise
 
 
@@ -150,7 +150,8 @@ def request_body(request: Request, name: str, max_tokens: int) -> dict[str, Any]
         "bad_words": [],
         "stop": [],
         "stop_token_ids": list(request.stop_ids),
-        "ignore_eos": False,
+        # The request's stop ids are the whole truth; they hold the end-of-sequence id if it stops.
+        "ignore_eos": True,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "logprobs": None if sampling.renormalises else 0,

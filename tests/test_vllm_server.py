@@ -1,0 +1,260 @@
+"""Servers as processes: one that fails, one that must die with its stage, and one real vLLM."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.engines import guard
+from pipeline.engines.base import Completion, EngineOptions, Request
+from pipeline.engines.rounds import Rounds
+from pipeline.engines.vllm import VllmEngine, open_engine
+from pipeline.engines.vllm_server import VllmServer, server_command
+from pipeline.errors import EngineError
+from vllm_fixtures import request, save_tiny_llama
+
+# Two processes in one group, as a server and its worker; the first writes both ids into a file.
+SERVER = """
+import os, subprocess, sys, time
+from pathlib import Path
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path(sys.argv[1]).write_text(f"{os.getpid()} {worker.pid}")
+time.sleep(600)
+"""
+
+
+def wait_for(file: Path) -> list[int]:
+    """Return the process ids that SERVER wrote."""
+    deadline = time.monotonic() + 30
+    while not file.exists() or len(file.read_text().split()) < 2:
+        assert time.monotonic() < deadline, f"{file} wasn't written"
+        time.sleep(0.02)
+    return [int(pid) for pid in file.read_text().split()]
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Return when no process of `pids` runs any more; one that only waits to be reaped is gone."""
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"one of {pids} still runs"
+        time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_server_that_exits_is_an_error_with_its_code_and_last_20_lines(tmp_path: Path) -> None:
+    code = "for n in range(30): print('line', n)\nraise SystemExit(3)"
+    server = VllmServer([sys.executable, "-c", code], "http://127.0.0.1:9", "x", tmp_path / "log")
+    with server, pytest.raises(EngineError) as caught:
+        server.wait_until_ready(30)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"the vLLM server exited with code 3. The last lines of {tmp_path / 'log'}:"
+    assert lines == [f"line {n}" for n in range(10, 30)]
+
+
+def test_a_server_killed_by_a_signal_is_told_from_one_that_exits(tmp_path: Path) -> None:
+    code = "import os; os.kill(os.getpid(), 9)"
+    server = VllmServer([sys.executable, "-c", code], "http://127.0.0.1:9", "x", tmp_path / "log")
+    with server, pytest.raises(EngineError, match="exited with code 137"):
+        server.wait_until_ready(30)
+
+
+def test_a_server_that_never_answers_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVER, str(tmp_path / "pids")]
+    with VllmServer(command, "http://127.0.0.1:9", "x", tmp_path / "log") as server:
+        pids = wait_for(tmp_path / "pids")
+        with pytest.raises(EngineError, match=r"did not answer within 0\.1 s"):
+            server.wait_until_ready(0.1)
+    wait_until_gone(pids)
+
+
+def test_closing_ends_the_server_and_its_workers_and_can_be_repeated(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVER, str(tmp_path / "pids")]
+    server = VllmServer(command, "http://127.0.0.1:9", "x", tmp_path / "log")
+    pids = wait_for(tmp_path / "pids")
+    assert all(map(_runs, pids))
+    server.close()
+    server.close()
+    wait_until_gone(pids)
+
+
+def test_a_server_that_ignores_the_request_to_end_is_killed(tmp_path: Path) -> None:
+    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{SERVER}"
+    code = f"import sys; sys.path[:0] = [{str(Path(guard.__file__).parent)!r}]; import guard\n"
+    code += "guard.GRACE_S = 0.2\nguard.run(sys.argv[1:])"
+    command = [sys.executable, "-c", stubborn, str(tmp_path / "pids")]
+    process = subprocess.Popen([sys.executable, "-c", code, *command], stdin=subprocess.PIPE)
+    pids = wait_for(tmp_path / "pids")
+    process.communicate()
+    wait_until_gone(pids)
+
+
+def test_killing_the_stage_ends_its_server(tmp_path: Path) -> None:
+    stage = (
+        "import sys, time; from pathlib import Path\n"
+        "from pipeline.engines.vllm_server import VllmServer\n"
+        "s = VllmServer(sys.argv[2:], 'http://127.0.0.1:9', 'x', Path(sys.argv[1]))\n"
+        "time.sleep(600)"
+    )
+    command = [sys.executable, "-c", SERVER, str(tmp_path / "pids")]
+    process = subprocess.Popen([sys.executable, "-c", stage, str(tmp_path / "log"), *command])
+    pids = wait_for(tmp_path / "pids")
+    process.kill()
+    process.wait()
+    wait_until_gone(pids)
+
+
+def test_the_command_pins_what_exactness_needs() -> None:
+    command = server_command("m", 8001, "name", {"dtype": "float32"}, ["--enforce-eager"])
+    assert command == [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", "m", "--served-model-name", "name", "--host", "127.0.0.1", "--port", "8001"),
+        *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
+        *("--load-format", "safetensors", "--dtype", "float32"),
+        *("--disable-uvicorn-access-log", "--enforce-eager"),
+    ]
+
+
+EOS = 4  # <|eot_id|> of the tiny tokenizer
+
+# The rest is one real server, started once; the last test kills it.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose folder asks for other sampling parameters than we send."""
+    folder = save_tiny_llama(tmp_path_factory.mktemp("model"))
+    asked = {"do_sample": True, "temperature": 0.1, "top_k": 1, "repetition_penalty": 2.0}
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    options = EngineOptions(
+        Rounds(),
+        dtype="float32",
+        max_model_len=128,
+        log_dir=tmp_path_factory.mktemp("logs"),
+        # Compiling takes longer than these tests do.
+        extra_args=("--enforce-eager",),
+    )
+    engine = open_engine(str(model), None, options)
+    yield engine
+    asyncio.run(engine.close())
+
+
+def complete(opened: VllmEngine, requests: Sequence[Request]) -> list[Completion]:
+    """Send the requests together. A client belongs to one event loop, so each call has its own."""
+
+    async def run() -> list[Completion]:
+        engine = VllmEngine(opened.servers, opened.process)
+        try:
+            return await asyncio.gather(*map(engine.complete, requests))
+        finally:
+            await engine._client.aclose()
+
+    return asyncio.run(run())
+
+
+def prompts(count: int, **sampling: Any) -> list[Request]:
+    """Prompts of different lengths, of which some share a prefix; 20 of 280 ids stop.
+
+    The model's own end-of-sequence id is one of them for every second prompt only.
+    """
+    requests = [request([5, *range(20, 20 + n % 9), 40 + n], n, **sampling) for n in range(count)]
+    stop_ids = [tuple(range(EOS + n % 2, EOS + n % 2 + 20)) for n in range(count)]
+    return [replace(r, stop_ids=ids) for r, ids in zip(requests, stop_ids, strict=True)]
+
+
+def test_logprobs_are_those_of_transformers_and_stops_are_kept(
+    opened: VllmEngine, model: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    requests = prompts(32, temperature=0.8, max_tokens=24)
+    completions = complete(opened, requests)
+    for sent, done in zip(requests, completions, strict=True):
+        ids = torch.tensor([[*sent.ids, *done.ids]])
+        with torch.no_grad():
+            logits_SV = policy(ids).logits[0, len(sent.ids) - 1 : -1]
+        logps_SV = torch.log_softmax(logits_SV.double() / 0.8, dim=-1)
+        expected = logps_SV.gather(1, torch.tensor(done.ids)[:, None])[:, 0].tolist()
+        assert done.logprobs == pytest.approx(expected, abs=1e-4)
+        stops = [n for n, token in enumerate(done.ids) if token in sent.stop_ids]
+        if done.finish_reason == "stop":
+            assert stops == [len(done.ids) - 1]
+        else:
+            assert (done.finish_reason, stops, len(done.ids)) == ("length", [], 24)
+    assert {done.finish_reason for done in completions} == {"stop", "length"}
+
+
+def test_a_seed_draws_the_same_ids_in_any_order(opened: VllmEngine) -> None:
+    requests = prompts(16, temperature=0.8, max_tokens=8)
+    first = complete(opened, requests)
+    again = complete(opened, requests[::-1])[::-1]
+    assert [done.ids for done in again] == [done.ids for done in first]
+    other = complete(opened, [replace(request, seed=2**63 - 1) for request in requests])
+    assert [done.ids for done in other] != [done.ids for done in first]
+
+
+def test_greedy_takes_the_likeliest_ids_and_keeps_no_logprobs(
+    opened: VllmEngine, model: Path
+) -> None:
+    """The folder's repetition penalty of 2 would show here."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for sent, done in zip(
+        requests := prompts(8, temperature=0.0, max_tokens=6),
+        complete(opened, requests),
+        strict=True,
+    ):
+        with torch.no_grad():
+            logits_SV = policy(torch.tensor([[*sent.ids, *done.ids]])).logits[0]
+        assert done.ids == logits_SV[len(sent.ids) - 1 : -1].argmax(-1).tolist()
+        assert done.logprobs is None
+
+
+def test_the_context_asked_for_is_the_bound(opened: VllmEngine) -> None:
+    assert opened.max_context == 128
+    [done] = complete(opened, [replace(request([7] * 120, max_tokens=500), stop_ids=())])
+    assert (len(done.ids), done.finish_reason) == (8, "length")
+
+
+def test_a_refusal_carries_the_servers_message(opened: VllmEngine) -> None:
+    with pytest.raises(EngineError, match="answered 400: Token id 5000 is out of vocabulary"):
+        complete(opened, [request([5000])])
+
+
+def test_a_server_that_dies_at_work_is_an_error_with_its_log(opened: VllmEngine) -> None:
+    assert opened.process is not None
+    threading.Timer(1.0, _kill_server, [opened.process]).start()
+    requests = prompts(64, temperature=0.8, max_tokens=100)
+    with pytest.raises(EngineError, match=r"exited with code 137\. The last lines of .*\.log:\n."):
+        complete(opened, [replace(request, stop_ids=()) for request in requests * 20])
+
+
+def _kill_server(server: VllmServer) -> None:
+    watcher = server._process.pid
+    [pid] = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
+    os.kill(int(pid), signal.SIGKILL)
