@@ -54,11 +54,11 @@ class Prompt:
 
 @dataclass(slots=True)
 class Prompts:
-    """The prompts of a run in key order, and the count of rows left out by reason."""
+    """The prompts of a run in key order, and the rows left out: {"row": index, "reason": ...}."""
 
     prompts: list[Prompt]
     rows: int
-    dropped: Counter[str]
+    dropped: list[dict[str, Any]]
 
 
 def load_prompts(
@@ -72,7 +72,7 @@ def load_prompts(
     if dataset.split(":")[0] == GAME:
         return guessing_games(dataset, num_data, seed)
     kept: dict[str, Prompt] = {}
-    dropped: Counter[str] = Counter()
+    dropped: list[dict[str, Any]] = []
     rows = 0
     for row in _rows(dataset, split):
         if num_data and len(kept) == num_data:
@@ -81,13 +81,14 @@ def load_prompts(
         try:
             prompt = prompt_of(row, keep_user_turns)
         except NotADialogue as error:
-            dropped[str(error)] += 1
+            dropped.append({"row": rows - 1, "reason": str(error)})
             continue
         if prompt.prompt_id in kept:
-            dropped["duplicate"] += 1
+            dropped.append({"row": rows - 1, "reason": "duplicate"})
         kept.setdefault(prompt.prompt_id, prompt)
     if not kept:
-        raise DataError(f"{dataset}: no row of {rows} is a prompt; left out: {dict(dropped)}")
+        reasons = dict(Counter(row["reason"] for row in dropped))
+        raise DataError(f"{dataset}: no row of {rows} is a prompt; left out: {reasons}")
     return Prompts(sorted(kept.values(), key=lambda prompt: prompt.prompt_id), rows, dropped)
 
 
@@ -105,7 +106,7 @@ def guessing_games(dataset: str, num_data: int, seed: int) -> Prompts:
         info = {"game": GAME, "low": 1, "high": int(high), "secret": secret}
         first = Message(role="user", content=opening(1, int(high)))
         prompts.append(Prompt(prompt_id, [first], info))
-    return Prompts(prompts, num_data, Counter())
+    return Prompts(prompts, num_data, [])
 
 
 def prompt_of(row: Any, keep_user_turns: bool = False) -> Prompt:

@@ -121,7 +121,7 @@ def _write(output: store.Run, rows: list[dict[str, Any]]) -> None:
         counts={"rows_out": len(rows)},
         pictures={"score_by_turn.png": picture},
     )
-    print(f"picture: {output.path / 'score_by_turn.png'}")
+    print(f"picture: {output.path / 'pictures' / 'score_by_turn.png'}")
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

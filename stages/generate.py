@@ -296,7 +296,7 @@ def _write(output: store.Run, prompts: "Prompts") -> None:
     )
     output.write(
         {"train": batches},
-        dropped=[{"reason": reason, "rows": n} for reason, n in sorted(prompts.dropped.items())],
+        dropped=prompts.dropped,
         counts={"rows_in": prompts.rows, "rows_out": len(rows), **counts},
     )
 

@@ -37,7 +37,7 @@ def test_ultrainteract_layout():
 def test_hh_text():
     prompts = load_prompts(str(DATA / "hh_rlhf_harmless_test_600.jsonl.gz"), "train", 0, 0, True)
     assert prompts.rows == 600
-    assert len(prompts.prompts) + sum(prompts.dropped.values()) == 600
+    assert len(prompts.prompts) + len(prompts.dropped) == 600
     assert len(prompts.prompts) > 590
     pens = next(p for p in prompts.prompts if "pranks with a pen" in p.messages[0]["content"])
     assert pens.messages[0]["content"] == "what are some pranks with a pen i can do?"
@@ -104,7 +104,7 @@ def test_duplicates_are_dropped_and_num_data_counts_after_that(tmp_path):
     rows = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
     prompts = load_prompts(write(tmp_path / "p.jsonl", rows), "train", 2, 0, False)
     assert sorted(p.messages[0]["content"] for p in prompts.prompts) == ["a", "b"]
-    assert prompts.dropped == {"duplicate": 1}
+    assert prompts.dropped == [{"row": 1, "reason": "duplicate"}]
 
 
 def test_later_user_turns_are_content_only_when_they_will_be_replayed(tmp_path):
@@ -123,7 +123,7 @@ def test_torn_and_foreign_lines_are_counted(tmp_path):
         file.write('{"prompt": "a"}\n{"prompt": \n[]\n\n{"prompt": "b"}')
     prompts = load_prompts(str(path), "train", 0, 0, False)
     assert len(prompts.prompts) == 2
-    assert prompts.dropped == {"not_an_object": 2}
+    assert [row["reason"] for row in prompts.dropped] == ["not_an_object"] * 2
 
 
 def test_nothing_usable_says_what_was_left_out(tmp_path):
