@@ -1,0 +1,112 @@
+"""Log-probs of the trained ids: the only place in the house where logits become log-probs.
+
+Axes: B rows, T ids of a row, D hidden size, V vocabulary, N trained ids, C of them in a chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.errors import DataError
+
+CHUNK_ELEMENTS = 2**26
+"""Logits in a chunk, at most: 256 MB in float32, and a few times that in flight."""
+
+
+def chosen_logps(logits_CV: Tensor, targets_C: Tensor, temperature: float) -> Tensor:
+    """Return the float32 log-probs of the targets under softmax(logits / temperature)."""
+    return -F.cross_entropy(logits_CV.float() / temperature, targets_C, reduction="none")
+
+
+def chunked_logps(
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    chunk: int,
+    logps_of: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Apply `logps_of` to chunks of positions, under recomputation, and join the results.
+
+    A single chunk is not recomputed: its logits would be at the same memory peak again.
+    """
+    if len(targets_N) <= chunk:
+        return logps_of(hidden_ND, targets_N)
+    parts = zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
+    return torch.cat([checkpoint(logps_of, h, t, use_reentrant=False) for h, t in parts])
+
+
+class MaskedLogprobs(nn.Module):
+    """A causal language model that returns log-probs of the trained ids and no logits.
+
+    Hand this module to `accelerator.prepare`: its forward calls the head as a submodule, so ZeRO-3
+    and FSDP gather the head's weight where it is used.
+    """
+
+    def __init__(self, model: Any, temperature: float, chunk: int | None = None) -> None:
+        """Wrap `model`, a transformers `*ForCausalLM`; `chunk` bounds the positions at the head."""
+        super().__init__()
+        self.model = model
+        self.config = model.config  # accelerate sizes DeepSpeed's buckets by it
+        self.temperature = temperature
+        text_config = model.config.get_text_config()
+        self.chunk = chunk or max(1, CHUNK_ELEMENTS // text_config.vocab_size)
+        self.shape_logits = _logit_shaper(text_config)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        sources_N: Tensor,
+        targets_N: Tensor,
+        positions_BT: Tensor | None = None,
+        attention: Tensor | None = None,
+    ) -> Tensor:
+        """Return logps_N, float32.
+
+        `sources_N` indexes the flattened [B*T] positions whose hidden state predicts `targets_N`.
+        `attention` None is causal attention over the row, exact for rows padded on the right.
+        """
+        output = self.model.base_model(
+            input_ids=ids_BT, attention_mask=attention, position_ids=positions_BT, use_cache=False
+        )
+        hidden_ND = output.last_hidden_state.flatten(0, 1)[sources_N]
+        return chunked_logps(hidden_ND, targets_N, self.chunk, self._head_logps)
+
+    def _head_logps(self, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        logits_CV = self.shape_logits(self.model.get_output_embeddings()(hidden_CD))
+        return chosen_logps(logits_CV, targets_C, self.temperature)
+
+
+def _logit_shaper(config: Any) -> Callable[[Tensor], Tensor]:
+    """Return what some architectures do to their logits after the head (Gemma, Cohere, Granite)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+
+    def shape(logits: Tensor) -> Tensor:
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return shape
+
+
+@torch.no_grad()
+def check_head(policy: MaskedLogprobs) -> None:
+    """Compare with the model's own logits on a few ids; raise DataError where they differ.
+
+    An architecture may shape its logits in a way that we don't know of.
+    """
+    device = next(policy.parameters()).device
+    ids_BT = torch.arange(8, device=device)[None] % policy.model.config.get_text_config().vocab_size
+    sources_N = torch.arange(7, device=device)
+    ours_N = policy(ids_BT, sources_N, ids_BT[0, 1:])
+    logits_TV = policy.model(input_ids=ids_BT, use_cache=False).logits[0, :-1]
+    gap = (ours_N - chosen_logps(logits_TV, ids_BT[0, 1:], policy.temperature)).abs().max().item()
+    if not gap < (1e-3 if logits_TV.dtype == torch.float32 else 0.25):
+        raise DataError(
+            f"the log-probs of {type(policy.model).__name__} differ by {gap:.3g} from its own "
+            "logits: this architecture does more to its logits than Turnwise knows of. "
+            "Train another model, or teach `_logit_shaper` in pipeline/logprobs.py about it."
+        )

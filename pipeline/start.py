@@ -1,0 +1,176 @@
+"""What every trainer does before its loop: its common flags, the policy, the optimizer."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config import execution
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """The flags of every stage that runs a policy under accelerate."""
+
+    base_model: str = execution("")
+    """The policy to start from: a model folder or a Hub id."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """fp32, or bf16 autocast over fp32 weights; auto takes accelerate's mixed_precision."""
+    attn_implementation: str = "sdpa"
+    """Attention of the model: sdpa, eager, flash_attention_2 or another that transformers knows."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along."""
+    max_tokens_per_microbatch: int = execution(4096)
+    """Most ids, padding included, in one pass; an example longer than that has its own."""
+    per_device_eval_batch_size: int = execution(64)
+    """Most examples in one pass without gradients (evaluation, old log-probs)."""
+    num_processes: int = execution(0)
+    """Refuse to run unless so many processes are active; 0 takes what is there."""
+
+    @property
+    def precision(self) -> str:
+        """The dtype with `auto` resolved: accelerate's launcher hands its setting on."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bf16" if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else "fp32"
+
+    def load_problems(self) -> list[str]:
+        """Say what is wrong with these flags."""
+        found = at_least(self, 1, "max_tokens_per_microbatch", "per_device_eval_batch_size")
+        return found + at_least(self, 0, "num_processes")
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoadConfig):
+    """The flags that all trainers share."""
+
+    output_dir: str = execution("")
+    """Where to write the trained model folder."""
+    warmup_ratio: float = 0.1
+    """Share of the updates over which the learning rate rises; then it falls as a cosine."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 1e-6
+    """Decoupled weight decay (adamw only)."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """Which optimizer; betas 0.9 and 0.95 either way."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the gradient of one update; 0 doesn't clip."""
+    per_device_train_batch_size: int = 1
+    """Examples a process contributes to one accumulation step."""
+    gradient_accumulation_steps: int = 32
+    """Accumulation steps of an update: it takes processes x batch size x this many examples."""
+    print_sample_output_freq: int = execution(200)
+    """Updates between two evaluations on the test split."""
+    gradient_checkpointing: bool = execution(False)
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    trackers: Literal["none", "wandb", "tensorboard", "trackio"] = execution("none")
+    """Where curves go besides metrics.jsonl."""
+    seed: int = 555134
+    """Seed of the order of the examples."""
+
+    def train_problems(self) -> list[str]:
+        """Say what is wrong with the common flags."""
+        found = [f"--{n} is missing" for n in ("base_model", "output_dir") if not getattr(self, n)]
+        found += self.load_problems()
+        found += at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
+        found += at_least(self, 1, "print_sample_output_freq")
+        found += at_least(self, 0, "eps", "weight_decay", "max_grad_norm")
+        if not 0 <= self.warmup_ratio < 1:
+            found.append(f"--warmup_ratio {self.warmup_ratio}: at least 0 and less than 1")
+        return found
+
+
+def at_least(config: Any, least: int, *names: str) -> list[str]:
+    """Say which of these flags are less than `least`."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"--{k} {value}: at least {least}" for k, value in values.items() if value < least]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A policy ready to train: the MaskedLogprobs and the optimizer as accelerate prepared them."""
+
+    accelerator: Any
+    policy: Any
+    optimizer: Any
+    tokenizer: Any
+
+    def longest(self, total_length: int) -> int:
+        """Return the ids of a row that the config and the model's context both allow."""
+        config = self.accelerator.unwrap_model(self.policy).config.get_text_config()
+        return min(total_length, getattr(config, "max_position_embeddings", None) or total_length)
+
+    def batch_size(self, config: TrainConfig) -> int:
+        """Return the examples of one optimizer step."""
+        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return int(self.accelerator.num_processes) * local
+
+
+def load(
+    config: LoadConfig, temperature: float, max_grad_norm: float = 0.0, tracker: str = "none"
+) -> tuple[Any, Any, Any]:
+    """Start accelerate as the launcher asked; return (accelerator, MaskedLogprobs, tokenizer)."""
+    from pipeline import models, strategy
+    from pipeline.logprobs import MaskedLogprobs, check_head
+
+    accelerator = strategy.start(config.precision, max_grad_norm, config.num_processes, tracker)
+    # DeepSpeed keeps float32 masters of bf16 weights; elsewhere the weights are the masters.
+    deepspeed = accelerator.state.deepspeed_plugin is not None
+    loaded = models.DTYPES[config.precision if deepspeed else "fp32"]
+    model, tokenizer = models.load_policy(
+        config.base_model, loaded, config.attn_implementation, config.trust_remote_code
+    )
+    policy = MaskedLogprobs(model, temperature)
+    # ZeRO-3 loads shards, which can't be probed outside of its engine.
+    if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+        check_head(policy)
+    return accelerator, policy, tokenizer
+
+
+def prepare(config: TrainConfig, temperature: float) -> Prepared:
+    """Load the policy, and shard it together with its optimizer as the launcher asked."""
+    from pipeline import strategy, tracking
+
+    tracking.check_tracker(config.trackers)
+    accelerator, policy, tokenizer = load(
+        config, temperature, config.max_grad_norm, config.trackers
+    )
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(policy.parameters(), config)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    strategy.refuse_unsharded(accelerator, policy)
+    return Prepared(accelerator, policy, optimizer, tokenizer)
+
+
+def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> Any:
+    """Return Adam or AdamW over every parameter; train_steps sets the learning rate."""
+    import torch
+
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    decay = config.weight_decay if config.optimizer == "adamw" else 0.0
+    return kind(parameters, lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=decay)
+
+
+def usable(examples: Sequence[Any], longest: int, what: str) -> list[Any]:
+    """Return the examples whose rows have at most `longest` ids; say how many have more.
+
+    Raises DataError where nothing trains in an example, or where no example is left.
+    """
+    from pipeline.claims import say
+    from pipeline.packing import widths
+
+    idle = [e.prompt_id for e in examples if not all(s.mask.any() for s in e.strands.values())]
+    if idle:
+        raise DataError(
+            f"no id trains in {len(idle)} of {len(examples)} {what}s, the first of them of prompt "
+            f"{idle[0]}: make the masks again with stages/tokenize_masks.py"
+        )
+    kept = [e for e, (_, width) in zip(examples, widths(examples), strict=True) if width <= longest]
+    if len(kept) < len(examples):
+        say(f"{len(examples) - len(kept)} of {len(examples)} {what}s are longer than {longest} ids")
+    if not kept:
+        raise DataError(f"no {what} is left: all {len(examples)} are longer than {longest} ids")
+    return kept
