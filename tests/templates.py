@@ -13,7 +13,8 @@ LLAMA3 = """{{- bos_token }}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
 {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
 LLAMA31 = """{{- bos_token }}
 {%- set today = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}
@@ -27,7 +28,8 @@ LLAMA31 = """{{- bos_token }}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
 {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
 CHATML = """{%- if messages[0]['role'] != 'system' %}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}
