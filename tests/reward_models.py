@@ -1,9 +1,11 @@
 """Tiny reward models in the published layouts, with random weights, for tests."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
@@ -14,6 +16,15 @@ TEXTS = [
     "What is the sum of two and three? The sum is five. Thank you, and what is five times four?",
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May.",
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Run a module's tiny models on one thread: two only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokenizer_like_llama3(vocab_size: int = 384) -> Any:
@@ -49,7 +60,6 @@ def write_armorm(
     values = config.to_dict() | {
         "architectures": ["LlamaForRewardModelWithGating"],
         "auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Absent"},
-        "num_labels": 1,
         "num_objectives": objectives,
         "gating_temperature": 10,
         "gating_hidden_dim": 16,
@@ -97,8 +107,8 @@ def _write(
     folder: Path, tokenizer: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    # They would say two labels, LlamaConfig's default.
-    config = {k: v for k, v in config.items() if k not in ("id2label", "label2id")}
+    # What transformers writes for one label; its `num_labels` is their length.
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(
