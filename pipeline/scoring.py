@@ -78,6 +78,11 @@ def asked_turns(rollout: Rollout, which: str, num_turns: int = 0) -> list[int]:
 
     The needed one is `score_turn`: the only turn whose reward trains a pair.
     """
+    if rollout.score_turn is None or rollout.score_turn < 0:
+        raise DataError(
+            f"prompt_id {rollout.prompt_id!r}, sample {rollout.sample} has score_turn"
+            f" {rollout.score_turn}; it's the 0-based policy turn whose reward trains"
+        )
     if which == "needed":
         return [rollout.score_turn]
     turns = len(policy_messages(rollout)) or 1

@@ -167,11 +167,12 @@ def _wait(output: store.Run, total: int) -> None:
 
     A process that fails takes the others with it: its launcher ends them.
     """
-    pause = 0.2
+    pause = 0.1
     while (done := len({record["chunk"] for record in output.journals()})) < total:
-        print(f"waiting for the other processes: {done} of {total} chunks are scored", flush=True)
         time.sleep(pause)
         pause = min(2 * pause, 60.0)
+        if pause > 10:
+            print(f"{done} of {total} chunks are scored; waiting for the other processes")
 
 
 def _write(config: Config, output: store.Run, prompts: store.Repo, reward_model: str) -> None:
