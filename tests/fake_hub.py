@@ -25,7 +25,7 @@ class FakeHub:
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     visibility: dict[str, str] = field(default_factory=dict)
-    # "commit", "reply" (after the commit) or "look" -> statuses (with headers) to answer with, one for each request.
+    # "commit", "reply" (after the commit) or "look" -> what to answer instead, one a request.
     failures: dict[str, list[tuple[int, dict[str, str]]]] = field(default_factory=dict)
     commits: list[dict[str, Any]] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from fake_hub import serve
@@ -69,8 +71,11 @@ def test_the_same_command_again_sends_nothing(hub):
 
 def test_an_outage_is_waited_for(hub):
     hub.failures["commit"] = [(503, NO_WAIT), (429, NO_WAIT), (500, NO_WAIT)]
+    start = time.monotonic()
     assert write().revision == hub.heads["org/rollouts"]
     assert len(hub.commits) == 1
+    # Retry-After is obeyed: unasked, the waits would be 1, 2 and 4 seconds.
+    assert time.monotonic() - start < 5
 
 
 def test_a_branch_that_moved_is_looked_at_again(hub):
@@ -99,9 +104,11 @@ def test_after_the_last_attempt_the_local_copy_is_complete_and_the_command_pushe
     assert hub.commits == []
     with pytest.raises(DataError, match=r"isn't on the Hub yet.*python stages/generate\.py"):
         store.open_repo("org/rollouts")
+    (local / ".DS_Store").write_text("not ours")
     run = begin()
     assert run.finished
     assert run.revision == hub.heads["org/rollouts"]
+    assert ".DS_Store" not in hub.repos["org/rollouts"]
     assert hub.repos["org/rollouts"]["turnwise.json"] == (local / "turnwise.json").read_bytes()
 
 

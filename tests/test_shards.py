@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,10 @@ def write(folder, splits):
 
 
 def test_bytes_depend_on_the_rows_and_not_on_how_they_came(tmp_path):
-    whole = table(1500)
+    # 8 kB a row, so that a row group is longer than a page and the batches' borders could show.
+    draws = np.random.default_rng(0)
+    texts = pa.array([draws.bytes(4000).hex() for _ in range(1500)])
+    whole = table(1500).append_column("text", texts)
     write(tmp_path / "whole", {"train": whole})
     for size in (1, 37, 512, 1500):
         write(tmp_path / f"by-{size}", {"train": batches(whole, size)})
