@@ -4,7 +4,7 @@ python stages/tokenize_masks.py --input_repo ./ranked --output_repo ./pairs
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.records import Rollout
+    from pipeline.selection import Rules
 
 FORMATS = ("pairs", "groups")
 MASKS = ("forked", "last", "all")
 ADVANTAGES = ("none", "normalised", "centred")
 TRUNCATED = ("keep", "drop")
 BATCH_ROWS = 256
+ROLLOUT_KEYS = ("prompt_id", "messages", "turns")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Config:
     """Turn ranked rollouts into a pairs repo (REFUEL, DPO) or a groups repo (SFT, GRPO)."""
 
     input_repo: str = execution("")
-    """Rollouts to read: a ranked repo; for SFT the output of generate will do."""
+    """Ranked rollouts (for SFT generate's will do), or pairs that others published, ids or text."""
     output_repo: str = execution("")
     """Where to write: ./folder, or org/name on the Hub."""
     split: str = "train"
@@ -87,8 +89,6 @@ def main(config: Config) -> None:
     from pipeline.records import GROUPS, PAIRS
 
     source = store.open_repo(config.input_repo)
-    needs_reward = config.format == "pairs" or config.advantages != "none"
-    source.require(["rewards"] if needs_reward else ["messages"])
     models = {"tokenizer": config.tokenizer} if config.tokenizer else {}
     output = store.begin(
         "tokenize_masks",
@@ -120,8 +120,8 @@ def _select(
     from tqdm import tqdm
 
     from pipeline.examples import check_group, check_pair
-    from pipeline.records import group_row, pair_row
-    from pipeline.selection import Rules, select_group, select_pairs
+    from pipeline.records import PairExample, group_row, pair_row
+    from pipeline.selection import Rules
 
     rules = Rules(
         config.mask,
@@ -131,20 +131,47 @@ def _select(
         config.truncated == "drop",
     )
     vocabulary = _vocabulary(config)
-    with tqdm(total=source.num_rows(config.split), unit="rollout") as bar:
-        for rollouts in _prompts(source, config.split):
-            if config.format == "pairs":
-                pairs, left_out = select_pairs(rollouts, rules)
-                for pair in pairs:
-                    check_pair(pair, vocabulary)
-                    yield pair_row(pair)
-            else:
-                group, left_out = select_group(rollouts, rules)
-                for example in group:
+    with tqdm(total=source.num_rows(config.split), unit="row") as bar:
+        for rows, examples, left_out in _examples(config, source, rules):
+            dropped += left_out
+            for example in examples:
+                if isinstance(example, PairExample):
+                    check_pair(example, vocabulary)
+                    yield pair_row(example)
+                else:
                     check_group(example, vocabulary)
                     yield group_row(example)
-            dropped += left_out
-            bar.update(len(rollouts))
+            bar.update(rows)
+
+
+def _examples(
+    config: Config, source: store.Repo, rules: "Rules"
+) -> Iterator[tuple[int, Sequence[Any], list[dict[str, Any]]]]:
+    """Yield (rows read, examples, rows left out) of our rollouts or of pairs that others made."""
+    from pipeline import published
+    from pipeline.selection import select_group, select_pairs
+
+    select = select_pairs if config.format == "pairs" else select_group
+    columns = set(source.columns(config.split))
+    if columns.issuperset(published.REFUEL_COLUMNS) and "chosen_segments" not in columns:
+        if config.format != "pairs":
+            raise DataError(f"{source.name} holds pairs of ids: --format pairs")
+        for pairs, left_out in published.published_pairs(_rows(source, config), config.max_length):
+            yield 1, pairs, left_out
+    elif columns.issuperset(published.TEXT_COLUMNS) and "messages" not in columns:
+        for rollouts, left_out in published.text_rollouts(_rows(source, config)):
+            examples, more = select(rollouts, rules) if rollouts else ([], [])
+            yield 1, examples, left_out + more
+    else:
+        needs_reward = config.format == "pairs" or config.advantages != "none"
+        source.require([*ROLLOUT_KEYS, "rewards"] if needs_reward else ROLLOUT_KEYS)
+        for rollouts in _prompts(source, config.split):
+            yield len(rollouts), *select(rollouts, rules)
+
+
+def _rows(source: store.Repo, config: Config) -> Iterator[dict[str, Any]]:
+    for batch in source.batches(config.split, batch_rows=64):
+        yield from batch.to_pylist()
 
 
 def _encoder(config: Config, date: str) -> Any:
@@ -238,7 +265,7 @@ def _report(written: store.Repo, kind: str, rows_in: int) -> None:
     """Print what was read, kept and dropped."""
     assert written.manifest is not None
     splits: Mapping[str, int] = written.manifest["splits"]
-    lines = [("rollouts read", rows_in)]
+    lines = [("rows read", rows_in)]
     lines += [(f"{kind} in {split}", rows) for split, rows in splits.items()]
     lines += [(f"dropped: {name}", rows) for name, rows in written.manifest["dropped"].items()]
     width = max(len(name) for name, _ in lines)

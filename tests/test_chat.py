@@ -44,8 +44,10 @@ def page(chat: Chat, messages: list[Message], **options: Any) -> str:
 
 
 def said_in_pieces(chat: Chat, text: str) -> list[int]:
-    """Return ids of a text that encoding it would not give: one for each byte."""
-    return [id_ for char in text for id_ in ids_of(chat, char)]
+    """Return ids that a model may sample for a text and encoding it would not give."""
+    pieces = [id_ for char in text for id_ in ids_of(chat, char)]
+    assert " the" not in text or pieces != ids_of(chat, text)
+    return pieces
 
 
 def play(
@@ -110,12 +112,12 @@ def test_stop_ids_are_the_end_of_turn_eos_and_the_generation_configs() -> None:
 @pytest.mark.parametrize("name", [name for name, appends in APPENDS.items() if appends])
 def test_sampled_ids_stay_and_the_context_reads_as_the_template(name: str) -> None:
     chat = chat_of(name)
-    context, messages, turns = play(chat, [("Fine.", True), ("Sixteen!", True)])
+    context, messages, turns = play(chat, [("In the end.", True), ("Sixteen!", True)])
     expected = page(chat, messages)
     if name == "mistral":  # its template puts a blank before what the assistant says
         expected = expected.replace("[/INST] ", "[/INST]")
     if name == "plain":  # it writes no end of turn; the sampled one stays
-        expected = expected.replace("Fine.", "Fine.<eos>").replace("Sixteen!", "Sixteen!<eos>")
+        expected = expected.replace("end.", "end.<eos>").replace("Sixteen!", "Sixteen!<eos>")
     assert text_of(chat, context) == expected
     seen = 0
     for keep, prompt, response in turns:
@@ -164,7 +166,7 @@ def test_a_template_that_trims_leaves_sampled_blanks_alone() -> None:
 
 def test_qwen3_keeps_what_it_does_not_rewrite() -> None:
     chat = chat_of("qwen3")
-    context, messages, turns = play(chat, [("Fine.", True), ("Sixteen.", True)])
+    context, messages, turns = play(chat, [("In the end.", True), ("Not the user.", True)])
     assert text_of(chat, context) == page(chat, messages)
     assert turns[2][0] == sum(len(p) + len(r) for _, p, r in turns[:2])
 
@@ -313,6 +315,13 @@ def test_a_token_across_the_edge_is_unproven() -> None:
     with pytest.raises(RowError, match="crosses the edge") as caught:
         chat.encode_dialogue([user("Hi."), assistant("the answer")])
     assert caught.value.reason == "span_unproven"
+    # "er" is one token too, and here the template writes the r.
+    tokenizer = make_tokenizer("plain")
+    tokenizer.chat_template = FORMATS["plain"][0].replace("+ '\\n'", "+ 'r\\n'")
+    chat = Chat(tokenizer, DATE)
+    assert len(ids_of(chat, "er")) == 1
+    with pytest.raises(RowError, match="crosses the edge"):
+        chat.encode_dialogue([user("Hi."), assistant("X lowe")])
 
 
 def test_thoughts_that_the_template_drops_are_unproven() -> None:

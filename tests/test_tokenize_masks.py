@@ -71,7 +71,7 @@ def test_pairs_are_written_with_every_drop_counted(
     assert repo.manifest["dropped"] == {"tie": 16}
     lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.strip().splitlines())
     assert lines == {
-        "rollouts read": "80",
+        "rows read": "80",
         "pairs in train": "24",
         "pairs in test": "8",
         "dropped: tie": "16",
@@ -108,7 +108,7 @@ def test_the_same_input_gives_the_same_bytes_and_a_second_run_does_nothing(
     assert first.content_hash == second.content_hash
     capsys.readouterr()
     assert tokenize(source, tmp_path / "a").content_hash == first.content_hash
-    assert "rollouts read" not in capsys.readouterr().out
+    assert "rows read" not in capsys.readouterr().out
 
 
 def test_rollouts_in_another_order_give_the_same_pairs(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import store
+from pipeline.errors import DataError, RowError
+from pipeline.examples import check_pair
+from pipeline.published import pair_from_published, rollouts_of_text, text_rollouts
+from pipeline.records import Segment, Span, pair_from_row
+from stages.tokenize_masks import Config, main
+from templates import make_tokenizer
+
+PAD = 128256
+
+
+def message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def published_row(chosen: list[int], reject: list[int], width: int = 12) -> dict[str, Any]:
+    """Return a row that parts at turn 1, whose trained ids are those after [1, 2, 3]."""
+    opening = [message("user", "a"), message("assistant", "b"), message("user", "c")]
+    row: dict[str, Any] = {"chosen_reward": 0.5, "reject_reward": 0.25, "chosen_logprob": -3.0}
+    for side, ids in (("chosen", chosen), ("reject", reject)):
+        row[side] = [*opening, message("assistant", side), message("user", "d")]
+        row[side].append(message("assistant", "e"))
+        row[f"{side}_token"] = [1, 2, 3, *ids] + [PAD] * (width - 3 - len(ids))
+        row[f"{side}_mask"] = [0, 0, 0] + [1] * len(ids) + [0] * (width - 3 - len(ids))
+    return row
+
+
+def test_a_published_pair_loses_its_padding() -> None:
+    pair = pair_from_published(published_row([4, 5, 9], [4, 6]))
+    assert pair.chosen.sequence.ids.tolist() == [1, 2, 3, 4, 5, 9]
+    assert pair.chosen.sequence.mask.tolist() == [0, 0, 0, 1, 1, 1]
+    assert pair.reject.sequence.ids.tolist() == [1, 2, 3, 4, 6]
+    assert pair.chosen.sequence.segments == [Segment(0, 6, 0)]
+    assert pair.chosen.sequence.spans == [Span(1, 3, 6)]
+    # The longest common prefix: both answers begin with id 4.
+    assert (pair.branch_turn, pair.score_turn, pair.prefix_length) == (1, 2, 4)
+    assert (pair.chosen.reward, pair.reject.reward) == (0.5, 0.25)
+    assert pair.chosen.sample_logprob is None
+    check_pair(pair)
+
+
+def tokenize(folder: Path, rows: list[dict[str, Any]], **options: Any) -> store.Repo:
+    source = folder / "source"
+    source.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), source / "train.parquet")
+    target = str(folder / "pairs")
+    main(Config(input_repo=str(source), output_repo=target, test_size=0, **options))
+    return store.open_repo(target)
+
+
+def test_tokenize_masks_reads_published_pairs(tmp_path: Path) -> None:
+    tie = published_row([7], [8]) | {"chosen_reward": 0.25}
+    rows = [published_row([4, 5], [6]), published_row([5], [6]), tie, published_row([5], [5])]
+    rows.append(published_row([5, 5, 5, 5, 5, 5], [6]))
+    repo = tokenize(tmp_path, rows, max_length=8)
+    pairs = [pair_from_row(row) for row in repo.table().to_pylist()]
+    assert [p.chosen.sequence.ids.tolist() for p in pairs] == [[1, 2, 3, 4, 5], [1, 2, 3, 5]]
+    # One prompt, so keys are told apart by their samples.
+    assert [(p.chosen.sample, p.reject.sample) for p in pairs] == [(0, 1), (2, 3)]
+    assert len({p.prompt_id for p in pairs}) == 1
+    assert repo.manifest is not None
+    assert repo.manifest["dropped"] == {"same_response": 1, "tie": 1, "too_long": 1}
+
+
+def test_published_pairs_are_no_groups(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--format pairs"):
+        tokenize(tmp_path, [published_row([4], [5])], format="groups")
+
+
+HH = {
+    "chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.\n\nHuman: More?\n\nAssistant: The answer.",
+    "rejected": "\n\nHuman: Hi?\n\nAssistant: Yes.\n\nHuman: More?\n\nAssistant: No.",
+}
+
+
+def test_a_pair_of_texts_parts_at_its_last_answer() -> None:
+    chosen, rejected = rollouts_of_text(HH)
+    assert chosen.branch_turn == rejected.branch_turn == 1
+    assert chosen.rewards == [None, 1.0]
+    assert rejected.rewards == [None, 0.0]
+    assert chosen.prompt_id == rejected.prompt_id
+    assert chosen.turns is None
+    scored = rollouts_of_text(HH | {"score_chosen": 7, "score_rejected": 3.5})
+    assert [rollout.rewards for rollout in scored] == [[None, 7.0], [None, 3.5]]
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("not_a_dialogue", {"rejected": "What?"}),
+        ("not_a_dialogue", {"rejected": [{"role": "user"}]}),
+        ("not_a_pair", {"rejected": HH["chosen"]}),
+        ("not_a_pair", {"rejected": "\n\nHuman: Other?\n\nAssistant: No."}),
+    ],
+)
+def test_texts_that_are_no_pair(reason: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(RowError) as caught:
+        rollouts_of_text(HH | changes)
+    assert caught.value.reason == reason
+    assert [d[0]["reason"] for r, d in text_rollouts([HH | changes]) if not r] == [reason]
+
+
+def test_tokenize_masks_reads_pairs_of_texts(tmp_path: Path) -> None:
+    make_tokenizer("llama3").save_pretrained(tmp_path / "model")
+    repo = tokenize(tmp_path, [HH, HH, HH | {"rejected": "?"}], tokenizer=str(tmp_path / "model"))
+    tokenizer = make_tokenizer("llama3")
+    for pair in (pair_from_row(row) for row in repo.table().to_pylist()):
+        chosen, reject = pair.chosen.sequence, pair.reject.sequence
+        assert tokenizer.decode(chosen.ids[chosen.mask == 1].tolist()) == "The answer.<|eot_id|>"
+        assert tokenizer.decode(reject.ids[reject.mask == 1].tolist()) == "No.<|eot_id|>"
+        prefix = tokenizer.decode(chosen.ids[: pair.prefix_length].tolist())
+        assert prefix.endswith("More?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert repo.num_rows() == 2
+    assert repo.manifest is not None
+    assert repo.manifest["dropped"] == {"not_a_dialogue": 1}
