@@ -1,5 +1,6 @@
 """Load and save a policy, so that the next iteration can load what this one saved."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,11 @@ def write_folder(
     """Write weights and everything that loads with them."""
     if model.generation_config.temperature is not None and not model.generation_config.do_sample:
         model.generation_config.do_sample = True  # else transformers refuses to save it
-    kept = model.config.dtype
-    model.config.dtype = dtype  # config.json says what the weights are stored in
     model.save_pretrained(folder, state_dict=dict(weights))
-    model.config.dtype = kept
+    # transformers writes the dtype of the parameters in memory, engines load what it says.
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
 
 

@@ -7,8 +7,9 @@ A row says where the hidden state of each trained id is (`sources`) and which id
 its own; they are padded on the right, where causal attention doesn't look.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -148,6 +149,25 @@ def plan_micro_batches(
     and like-sized ones at the same time; an empty one is a filler. Every rank plans for all.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][1], i))
+    count = len(_fill(order, sizes, budget))
+    even = -(-count // world) * world
+    # Not the fullest passes but as even ones as this number of them allows.
+    tokens = bisect_left(
+        range(budget.tokens),
+        True,
+        key=lambda tokens: len(_fill(order, sizes, replace(budget, tokens=tokens))) <= even,
+    )
+    batches = _fill(order, sizes, replace(budget, tokens=tokens))
+    batches = _pad(batches, sizes, world)
+    dealt = [batches[i : i + world] for i in range(0, len(batches), world)]
+    turns = [one if k % 2 == 0 else one[::-1] for k, one in enumerate(dealt)]
+    return [[turn[rank] for turn in turns] for rank in range(world)]
+
+
+def _fill(
+    order: Sequence[int], sizes: Sequence[tuple[int, int]], budget: Budget
+) -> list[list[int]]:
+    """Cut a descending order of widths into micro-batches that the budget holds."""
     batches: list[list[int]] = []
     rows = width = 0
     for i in order:
@@ -157,15 +177,10 @@ def plan_micro_batches(
         else:
             batches.append([i])
             rows, width = sizes[i]
-    batches = _even(batches, sizes, world)
-    dealt = [batches[i : i + world] for i in range(0, len(batches), world)]
-    turns = [one if k % 2 == 0 else one[::-1] for k, one in enumerate(dealt)]
-    return [[turn[rank] for turn in turns] for rank in range(world)]
+    return batches
 
 
-def _even(
-    batches: list[list[int]], sizes: Sequence[tuple[int, int]], world: int
-) -> list[list[int]]:
+def _pad(batches: list[list[int]], sizes: Sequence[tuple[int, int]], world: int) -> list[list[int]]:
     """Halve the largest micro-batches until the ranks have equally many; pad with empty ones."""
 
     def cost(batch: list[int]) -> int:

@@ -1,16 +1,21 @@
 """A tiny policy folder and pairs repos with known contents, for the tests of training."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline import records, store
 from pipeline.packing import Example, Strand
 from pipeline.records import Member, PairExample, Segment, Span, TrainingSequence
 from pipeline.tiny import make_tokenizer
+
+# Tensors this small gain nothing from a second thread, and wait long for it on a busy machine.
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,6 @@ def tiny_model(seed: int = 0, tie: bool = True) -> Any:
 
 
 def policy_folder(folder: Path, seed: int = 0) -> str:
-    import torch
-
     from pipeline.models import untied, write_folder
 
     model = tiny_model(seed)
@@ -111,3 +114,21 @@ def pairs_repo(folder: Path, train: int = 12, test: int = 0, seed: int = 0) -> s
 
 def table(rows: list[PairExample]) -> pa.Table:
     return pa.Table.from_pylist([records.pair_row(row) for row in rows], schema=records.PAIRS)
+
+
+def groups_repo(folder: Path, train: int = 10, seed: int = 0) -> str:
+    """Write a repo of groups without advantages; return its name."""
+    name = str(folder)
+    run = store.begin("tokenize_masks", "groups", Made(train, seed), name)
+    rows = [
+        records.group_row(records.GroupExample(one.prompt_id, 0, one.chosen.sequence, None, None))
+        for one in pairs(train, seed)
+    ]
+    run.write(
+        {"train": pa.Table.from_pylist(rows, schema=records.GROUPS)}, counts={"rows_in": train}
+    )
+    return name
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

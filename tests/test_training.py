@@ -1,0 +1,188 @@
+"""One optimizer step: the same whatever the passes, exact on ragged batches, loud on NaN."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from pipeline.errors import DataError
+from pipeline.logprobs import MaskedLogprobs
+from pipeline.losses import token_nll
+from pipeline.packing import Budget, Example
+from pipeline.training import Trainer, evaluate, train_steps
+from stages.refuel import pair_loss
+from tests import trainables
+
+ETA = 2.0
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def trainer(tokens: int = 4096, max_grad_norm: float = 0.0, eta: float = ETA) -> Trainer:
+    accelerator = Accelerator(cpu=True)
+    policy = MaskedLogprobs(trainables.tiny_model(seed=5), 0.8)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=(0.9, 0.95))
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    return Trainer(
+        accelerator,
+        policy,
+        optimizer,
+        lambda logps_N, batch: pair_loss(logps_N, batch, eta),
+        lambda example: 1.0,
+        Budget(tokens),
+        max_grad_norm,
+    )
+
+
+def weights(made: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in made.policy.parameters()])
+
+
+def with_old(examples: list[Example], made: Trainer) -> list[Example]:
+    """Give examples the log-probs that the policy has now."""
+    from pipeline.cluster import Scorer, logprobs
+
+    found = dict(logprobs(Scorer(made.accelerator, made.policy, made.budget), examples))
+    return [
+        dataclasses.replace(
+            example,
+            strands={
+                role: dataclasses.replace(s, numbers={"old_logprob": found[i][role]})
+                for role, s in example.strands.items()
+            },
+        )
+        for i, example in enumerate(examples)
+    ]
+
+
+def run(tokens: int, updates: list[list[int]], **settings: Any) -> tuple[list[dict], torch.Tensor]:
+    made = trainer(tokens, **settings)
+    examples = with_old(trainables.examples(12), made)
+    return list(train_steps(made, examples, updates, lambda u: 1e-3)), weights(made)
+
+
+def test_at_the_first_update_nothing_has_moved_and_the_loss_is_eta_squared_times_the_gap() -> None:
+    made = trainer()
+    examples = with_old(trainables.examples(12), made)
+    gaps = [e.strands["chosen"].reward - e.strands["reject"].reward for e in examples]
+    expected = ETA**2 * np.mean(np.square(gaps))
+
+    before = evaluate(made, examples)
+    (first,) = train_steps(made, examples, [range(12)], lambda u: 1e-3)
+
+    for metrics in (before, first):
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+        assert abs(metrics["delta_chosen"]) < 1e-5
+        assert abs(metrics["delta_reject"]) < 1e-5
+        assert metrics["reward_gap"] == pytest.approx(np.mean(gaps))
+    assert first["grad_norm"] > 0
+
+
+def test_how_a_step_is_cut_into_passes_changes_nothing() -> None:
+    updates = [list(range(8)), [8, 9, 10, 11, 0, 1, 2, 3], [4, 5, 6]]
+    whole, whole_weights = run(100_000, updates)
+    single, single_weights = run(1, updates)
+
+    for a, b in zip(whole, single, strict=True):
+        for name in ("loss", "grad_norm", "delta_chosen", "delta_reject", "reward_gap"):
+            assert b[name] == pytest.approx(a[name], rel=2e-4, abs=2e-5), name
+    torch.testing.assert_close(single_weights, whole_weights, rtol=0, atol=2e-5)
+    assert (single_weights - weights(trainer())).abs().max() > 1e-3  # it did train
+
+
+def test_a_ragged_last_batch_is_the_mean_over_what_is_in_it() -> None:
+    made = trainer()
+    examples = with_old(trainables.examples(12), made)
+    gaps = [e.strands["chosen"].reward - e.strands["reject"].reward for e in examples]
+
+    (metrics,) = train_steps(made, examples, [[3, 7, 11]], lambda u: 0.0)
+
+    expected = ETA**2 * np.mean([gaps[i] ** 2 for i in (3, 7, 11)])
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_equals_that_of_the_equation_written_out() -> None:
+    made = trainer()
+    examples = trainables.examples(3)
+    model = trainables.tiny_model(seed=5)
+    losses = []
+    for example in examples:
+        delta = {}
+        for role, strand in example.strands.items():
+            ids = torch.from_numpy(strand.ids.astype(np.int64))
+            logps = torch.log_softmax(model(ids[None]).logits[0, :-1].double() / 0.8, -1)
+            chosen = logps.gather(-1, ids[1:, None])[:, 0]
+            delta[role] = (chosen * torch.from_numpy(strand.mask[1:])).sum() + strand.mask.sum()
+        gap = example.strands["chosen"].reward - example.strands["reject"].reward
+        losses.append((delta["chosen"] - delta["reject"] - ETA * gap) ** 2)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+
+    (metrics,) = train_steps(made, examples, [[0, 1, 2]], lambda u: 0.0)
+
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before_it() -> None:
+    updates = [list(range(12))]
+    (free,), _ = run(4096, updates)
+    made = trainer(max_grad_norm=0.5)
+    examples = with_old(trainables.examples(12), made)
+    clipped = []
+    made.optimizer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: clipped.append(
+            torch.cat([p.grad.flatten() for p in made.policy.parameters()]).norm().item()
+        )
+    )
+
+    (metrics,) = train_steps(made, examples, updates, lambda u: 1e-3)
+
+    assert free["grad_norm"] > 0.5
+    assert metrics["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-5)
+    assert clipped == [pytest.approx(0.5, rel=1e-4)]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_prompts() -> None:
+    made = trainer()
+    examples = trainables.examples(4)
+    examples[2].strands["reject"].numbers["old_logprob"][0] = np.nan
+    before = weights(made)
+
+    with pytest.raises(DataError, match=r"not finite for the prompts p002\."):
+        list(train_steps(made, examples, [range(4)], lambda u: 1e-3))
+
+    assert torch.equal(weights(made), before)
+
+
+def test_sft_divides_by_all_trained_ids_of_the_step() -> None:
+    made = dataclasses.replace(
+        trainer(tokens=1),
+        loss=lambda logps_N, batch: token_nll(logps_N, batch.owners_N, len(batch.rewards_M)),
+        weigh=lambda example: example.trained,
+    )
+    examples = [
+        Example(e.prompt_id, {"response": e.strands["chosen"]}) for e in trainables.examples(5)
+    ]
+    model = trainables.tiny_model(seed=5)
+    logps = []
+    for example in examples:
+        strand = example.strands["response"]
+        ids = torch.from_numpy(strand.ids.astype(np.int64))
+        rows = torch.log_softmax(model(ids[None]).logits[0, :-1].double() / 0.8, -1)
+        chosen = rows.gather(-1, ids[1:, None])[:, 0]
+        logps.append(chosen[torch.from_numpy(strand.mask[1:].astype(bool))])
+
+    (metrics,) = train_steps(made, examples, [range(5)], lambda u: 0.0)
+
+    assert metrics["loss"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-5)
