@@ -123,28 +123,32 @@ def test_needed_and_all_turns(tmp_path: Path) -> None:
 
 def test_manifest_and_card_tell_the_scores(tmp_path: Path) -> None:
     rollouts = [game(0, 0, ["16", "24"]), game(0, 1, ["16", "17"])]
-    rollouts += [game(1, 0, ["16"]), game(1, 1, ["16"]), game(2, 0, ["17"]), game(3, 0, [""])]
+    rollouts += [game(1, 0, ["16"]), game(1, 1, ["16"]), game(3, 0, [""])]
+    rollouts[4:4] = [game(2, 0, ["17"]), game(2, 1, ["17"])]
     prompts = write_repo(tmp_path / "rollouts", rollouts)
     rank_here(prompts, tmp_path / "out", "rule:guessing_game", turns="all")
     told = manifest(tmp_path / "out")
     gap = math.log(7) / math.log(32)
     assert told["counts"] == {
-        "rows_in": 6,
-        "scores": 7,
+        "rows_in": 7,
+        "scores": 8,
         "no_score_empty_response": 1,
-        "rows_out": 6,
+        "rows_out": 7,
     }
     first, second = told["extra"]["reward_by_turn"]
-    assert (first["turn"], first["n"], second["n"]) == (0, 5, 2)
-    assert first["mean"] == pytest.approx((0.2 * 4 + 1.0) / 5)
-    assert first["sd"] == pytest.approx(math.sqrt((4 * 0.16**2 + 0.64**2) / 4))
+    assert (first["turn"], first["n"], second["n"]) == (0, 6, 2)
+    mean = (0.2 * 4 + 1.0 * 2) / 6
+    assert first["mean"] == pytest.approx(mean)
+    assert first["sd"] == pytest.approx(
+        math.sqrt((4 * (0.2 - mean) ** 2 + 2 * (1 - mean) ** 2) / 5)
+    )
     assert told["extra"]["within_prompt"] == {
-        "prompts": 2,
-        "mean_gap": pytest.approx(gap / 2),
-        "ties": 1,
+        "prompts": 3,
+        "mean_gap": pytest.approx(gap / 3),
+        "ties": 2,
     }
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "## Within a prompt" in card and "| ties | 1 |" in card
+    assert "## Within a prompt" in card and "| ties | 2 |" in card
     assert (tmp_path / "out" / "pictures" / "reward_by_turn.png").read_bytes()[1:4] == b"PNG"
 
 

@@ -96,7 +96,9 @@ def test_pad_that_is_the_end_of_turn_is_harmless(folder: Path, tmp_path: Path) -
 def test_bos_is_kept_or_dropped_as_told(folder: Path) -> None:
     rollout = dialogue(3)
     kept = load_reward(str(folder)).score([rollout], [range(3)])[0].rewards
-    dropped = load_reward(str(folder), Settings(bos="none")).score([rollout], [range(3)])[0].rewards
+    without = load_reward(str(folder), Settings(bos="none"))
+    dropped = without.score([rollout], [range(3)])[0].rewards
+    assert not without.separate
     assert kept == pytest.approx(own_scores(folder, rollout), abs=1e-5)
     assert dropped == pytest.approx(own_scores(folder, rollout, drop_bos=True), abs=1e-5)
     assert max(abs(a - b) for a, b in zip(kept, dropped, strict=True)) > 1e-3
@@ -131,18 +133,22 @@ def test_template_that_rewrites_gets_separate_passes(
     assert scored.rewards == pytest.approx(own_scores(rewriting, rollout), abs=1e-5)
 
 
+Sees = Callable[[Tensor, Tensor], Tensor]
+
+
 class Fake:
     """A scorer over a made-up backbone: hidden state = the sum of the ids that a position sees."""
 
-    def __init__(self, sees: Callable[[Tensor, Tensor], Tensor], template: str = "") -> None:
+    def __init__(self, sees: Sees, template: str = "") -> None:
         self.sizes: list[tuple[int, ...]] = []
         tokenizer = tokenizer_like_llama3()
         tokenizer.chat_template = template or tokenizer.chat_template
         layer = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(layer.weight, 1e-3)
 
-        def backbone(ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        def backbone(ids_NT: Tensor, mask_NT: Tensor | None) -> Tensor:
             self.sizes.append(tuple(ids_NT.shape))
+            mask_NT = torch.ones_like(ids_NT) if mask_NT is None else mask_NT
             return sees(ids_NT.float(), mask_NT)[..., None]
 
         self.scorer = OnePass(
@@ -178,7 +184,7 @@ def test_probe_finds_a_backbone_that_looks_ahead(capsys: pytest.CaptureFixture[s
     )
 
 
-def limited(rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+def limited(rows: int) -> Sees:
     def sees(ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         if len(ids_NT) > rows:
             raise torch.OutOfMemoryError("no room")

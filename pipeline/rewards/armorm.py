@@ -119,19 +119,12 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
     model = _Backbone.from_pretrained(
         folder, config=config, dtype=dtype, device_map=device, use_safetensors=True
     ).eval()
-
-    def backbone(ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
-        output = model(
-            input_ids=ids_NT.to(device), attention_mask=mask_NT.to(device), use_cache=False
-        )
-        return output.last_hidden_state
-
     limit = checkpoints.context_limit(config, settings)
     scorer = OnePass(
         name,
         fingerprint,
         checkpoints.make_encoder(tokenizer, settings),
-        backbone,
+        checkpoints.last_hidden(model, device),
         head.to(device),
         dataclasses.replace(settings, max_length=limit),
     )

@@ -48,20 +48,12 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
     tokenizer = checkpoints.load_tokenizer(folder)
     device, dtype = checkpoints.placement(config, settings)
     model = _model(folder, config, dtype, device)
-    backbone_model = model.base_model
-
-    def backbone(ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
-        output = backbone_model(
-            input_ids=ids_NT.to(device), attention_mask=mask_NT.to(device), use_cache=False
-        )
-        return output.last_hidden_state
-
     limit = checkpoints.context_limit(config, settings)
     scorer = OnePass(
         name,
         fingerprint,
         checkpoints.make_encoder(tokenizer, settings),
-        backbone,
+        checkpoints.last_hidden(model.base_model, device),
         LinearHead(model.score),
         dataclasses.replace(settings, max_length=limit),
     )

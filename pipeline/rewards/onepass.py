@@ -26,8 +26,8 @@ from pipeline.rewards.base import (
 )
 from pipeline.rewards.encoding import Encoder
 
-Backbone = Callable[[Tensor, Tensor], Tensor]
-"""(ids_NT int64, mask_NT int64) -> hidden_NTD, after the final norm."""
+Backbone = Callable[[Tensor, Tensor | None], Tensor]
+"""(ids_NT int64, mask_NT int64 or None) -> hidden_NTD, after the final norm."""
 
 
 class Head(Protocol):
@@ -194,7 +194,9 @@ class OnePass:
             mask_NT[n, : len(reading.ids)] = 1
         rows_P = torch.tensor([n for n, reading in enumerate(batch) for _ in reading.places])
         places_PR = torch.tensor([p for reading in batch for p in reading.places.values()])
-        hidden_NTD = self._backbone(ids_NT, mask_NT)
+        # Padding on the right is never seen by what is left of it, and without a mask attention
+        # takes its fast causal path. The probe has compared; where it fell back, a mask is given.
+        hidden_NTD = self._backbone(ids_NT, mask_NT if self.separate else None)
         read_PRD = hidden_NTD[
             rows_P[:, None].to(hidden_NTD.device), places_PR.to(hidden_NTD.device)
         ]
