@@ -81,6 +81,10 @@ class Config:
     """Attach to these servers for the policy instead of starting one."""
     user_url: tuple[str, ...] = execution(())
     """Attach to these servers for the user model instead of starting one."""
+    policy_gpus: str = execution("")
+    """GPUs of a started policy server, such as 0,1; all that are visible when empty."""
+    user_gpus: str = execution("")
+    """GPUs of a started user-model server, such as 2,3; all that are visible when empty."""
     dtype: str = "auto"
     """Weights and activations: auto (as saved), float32 or bfloat16."""
     device: str = execution("auto")
@@ -253,6 +257,7 @@ def _open_engine(
     from pipeline.engines.base import EngineOptions
 
     is_user = party == "user"
+    code = ["--trust-remote-code"] if config.trust_remote_code else []
     logs = Path(config.output_dir) if config.output_dir else output.work
     options = EngineOptions(
         rounds=rounds,
@@ -261,11 +266,12 @@ def _open_engine(
         max_batch_tokens=config.max_batch_tokens,
         max_batch_rows=config.max_batch_rows,
         urls=config.user_url if is_user else config.policy_url,
+        gpus=config.user_gpus if is_user else config.policy_gpus,
         tensor_parallel=config.world_size,
         max_model_len=config.max_model_len,
         log_dir=logs,
         script=config.script,
-        extra_args=config.server_args,
+        extra_args=(*config.server_args, *code),
     )
     engine = (config.user_engine or config.engine) if is_user else config.engine
     model = config.user_model if is_user else config.model

@@ -30,8 +30,8 @@ class Config:
     """Width of the model."""
     num_layers: int = 3
     """Decoder layers."""
-    num_heads: int = 4
-    """Attention heads."""
+    num_heads: int = 3
+    """Attention heads; vLLM on a CPU takes heads of 32 channels or more."""
     max_context: int = 512
     """Longest context in ids."""
     seed: int = 0

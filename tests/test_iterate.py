@@ -25,10 +25,10 @@ def iterate():
 
 def recipe(**changes) -> dict:
     values = {
-        "folder": "runs/x",
+        "folder": "./runs/x",
         "iterations": 2,
-        "policy": "./{folder}/policy_{t}",
-        "open": {"init_model": {"output_dir": "./{folder}/policy_0"}},
+        "policy": "{folder}/policy_{t}",
+        "open": {"init_model": {"output_dir": "{folder}/policy_0"}},
         "each": {
             "generate": {"model": "{policy}", "seed": "{t}", "full_dialogues": True},
             "train": {
@@ -38,13 +38,13 @@ def recipe(**changes) -> dict:
                 "output_dir": "{next}",
             },
         },
-        "close": {"evaluate": {"input_repo": "./{folder}/eval_{all}", "names": ["a b", "c"]}},
+        "close": {"evaluate": {"input_repo": "{folder}/eval_{all}", "names": ["a b", "c"]}},
     }
     return values | changes
 
 
 def test_commands_in_order_with_placeholders_filled(iterate):
-    told = [" ".join(command) for _, command in iterate.commands(recipe(), "runs/y", 2)]
+    told = [" ".join(command) for _, command in iterate.commands(recipe(), "./runs/y", 2)]
     train = "torchrun --nproc_per_node 2 stages/refuel.py"
     assert told == [
         "python stages/init_model.py --output_dir ./runs/y/policy_0",

@@ -67,7 +67,8 @@ class EngineOptions:
     """What an engine needs to start; each reads the fields that concern it.
 
     `rounds` is shared by the engines of a stage. `urls`: attach to servers instead of starting one.
-    `log_dir`: where a started server's log goes. `max_model_len` 0: the model's own context.
+    `log_dir`: where a started server's log goes. `gpus`: what it sees, as CUDA_VISIBLE_DEVICES.
+    `max_model_len` 0: the model's own context.
     """
 
     rounds: Rounds
@@ -76,6 +77,7 @@ class EngineOptions:
     max_batch_tokens: int = 65536
     max_batch_rows: int = 256
     urls: tuple[str, ...] = ()
+    gpus: str = ""
     tensor_parallel: int = 1
     max_model_len: int = 0
     log_dir: Path = Path()

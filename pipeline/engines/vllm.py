@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
@@ -106,7 +106,7 @@ class VllmEngine:
                 with attempt:
                     return parse(request, await self._post(server.url, body))
         except httpx.TransportError as error:
-            raise EngineError(_outage(server.url, error)) from error
+            await self._explain(server.url, error)
         raise AssertionError("tenacity returns or raises")
 
     async def close(self) -> None:
@@ -114,6 +114,10 @@ class VllmEngine:
         await self._client.aclose()
         if self.process is not None:
             await asyncio.to_thread(self.process.close)
+
+    async def _explain(self, url: str, error: httpx.TransportError) -> NoReturn:
+        """Raise EngineError, with the log's last lines where the server is ours."""
+        raise EngineError(await asyncio.to_thread(_outage, url, error, self.process)) from error
 
     async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -190,7 +194,7 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> VllmEngin
         "tensor-parallel-size": options.tensor_parallel,
         **({"max-model-len": options.max_model_len} if options.max_model_len else {}),
     }
-    process = start_server(model, options.log_dir, flags, options.extra_args)
+    process = start_server(model, options.log_dir, flags, options.extra_args, gpus=options.gpus)
     try:
         return VllmEngine([attach(process.url, process.name, process)], process)
     except BaseException:
@@ -219,7 +223,7 @@ def attach(
                 body = _probe_body(served.name, token)
                 _check_probe(url, call(partial(client.post, f"{url}/v1/completions", json=body)))
         except httpx.TransportError as error:
-            raise EngineError(_outage(url, error)) from error
+            raise EngineError(_outage(url, error, process)) from error
     return served
 
 
@@ -292,5 +296,7 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, TRANSIENT)
 
 
-def _outage(url: str, error: httpx.TransportError) -> str:
-    return f"the server at {url} is lost: {type(error).__name__} {error}".rstrip()
+def _outage(url: str, error: httpx.TransportError, process: VllmServer | None) -> str:
+    """Tell which server is lost; of one that is ours, also its exit code and its log's end."""
+    outage = f"the server at {url} is lost: {type(error).__name__} {error}".rstrip()
+    return outage if process is None else process.story_of_the_end(outage)

@@ -26,6 +26,8 @@ POLL_S = 0.25
 # Telemetry is opt-in here; both names are vLLM's.
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
 
+_ERROR = re.compile(r"\b[A-Za-z]*(?:Error|Exception): \S.*")
+
 
 class VllmServer:
     """A server process that this one owns.
@@ -34,7 +36,9 @@ class VllmServer:
     the meantime doesn't know it, and can't be mistaken for ours.
     """
 
-    def __init__(self, command: Sequence[str], url: str, name: str, log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], url: str, name: str, log: Path, gpus: str = ""
+    ) -> None:
         self.url = url
         self.name = name
         self.log = log
@@ -47,7 +51,7 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C goes to the stage, which then closes us in order.
                 start_new_session=True,
-                env=ENVIRONMENT | os.environ,
+                env=ENVIRONMENT | os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
             )
 
     def check(self) -> None:
@@ -55,6 +59,14 @@ class VllmServer:
         code = self._process.poll()
         if code is not None:
             raise EngineError(self._story(f"exited with code {code}"))
+
+    def story_of_the_end(self, outage: str) -> str:
+        """Return what became of a server that answers no more, once it had time to exit."""
+        try:
+            code = self._process.wait(guard.GRACE_S)
+        except subprocess.TimeoutExpired:
+            return self._story(f"doesn't answer ({outage})")
+        return self._story(f"exited with code {code} ({outage})")
 
     def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when the server answers. Raises EngineError when it exits or takes too long."""
@@ -90,9 +102,18 @@ class VllmServer:
             return False
 
     def _story(self, what: str) -> str:
+        """Tell the errors that the log names (a teardown's noise may follow them), and its end."""
         with self.log.open(encoding="utf-8", errors="replace") as file:
-            tail = "".join(deque(file, maxlen=LOG_LINES)).rstrip()
-        return f"the vLLM server {what}. The last lines of {self.log}:\n{tail}"
+            tail: deque[str] = deque(maxlen=LOG_LINES)
+            errors: dict[str, None] = {}
+            for line in file:
+                tail.append(line)
+                if found := _ERROR.search(line):
+                    errors[found[0]] = None
+        named = "".join(f"  {error}\n" for error in list(errors)[-5:])
+        told = f" It said:\n{named}" if named else ""
+        ending = f"The last lines of {self.log}:\n{''.join(tail)}".rstrip()
+        return f"the vLLM server {what}.{told}\n{ending}"
 
 
 def start_server(
@@ -101,10 +122,12 @@ def start_server(
     flags: Mapping[str, str | int] | None = None,
     extra_args: Sequence[str] = (),
     timeout_s: float = START_TIMEOUT_S,
+    gpus: str = "",
 ) -> VllmServer:
     """Start a server for `model` on a free local port and wait until it answers.
 
-    `flags` become `--name value`; `extra_args` come last and win. Raises EngineError when vLLM
+    `flags` become `--name value`; `extra_args` come last and win; `gpus` is CUDA_VISIBLE_DEVICES of
+    the server, all that the stage sees when empty. Raises EngineError when vLLM
     isn't installed, or when the server exits or doesn't answer within `timeout_s`.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -112,7 +135,7 @@ def start_server(
     port, name = _free_port(), f"turnwise-{secrets.token_hex(4)}"
     log = log_dir / f"vllm-{re.sub(r'[^A-Za-z0-9.]+', '-', Path(model).name)}-{port}.log"
     command = server_command(model, port, name, flags or {}, extra_args)
-    server = VllmServer(command, f"http://127.0.0.1:{port}", name, log)
+    server = VllmServer(command, f"http://127.0.0.1:{port}", name, log, gpus)
     try:
         server.wait_until_ready(timeout_s)
     except BaseException:

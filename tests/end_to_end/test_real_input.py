@@ -31,7 +31,8 @@ def run(launcher: list[str], stage: str, **flags: object) -> str:
     """Run a stage as a user does and return what it printed."""
     command = [*launcher, str(ROOT / "stages" / f"{stage}.py")]
     for name, value in flags.items():
-        command += [f"--{name.replace('__', '.')}", str(value)]
+        # One word, because a value may begin with dashes itself.
+        command.append(f"--{name.replace('__', '.')}={value}")
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | threads
@@ -125,6 +126,7 @@ def served(models, prompts, tmp_path_factory) -> Path:
         "armorm",
         user_model=models["user"],
         engine="vllm",
+        server_args="--enforce-eager",
         dataset=prompts["both"],
         environment="simulated_user",
         output_dir=folder / "logs",

@@ -47,9 +47,9 @@ def write_policy(folder: Path, tokenizer: Any) -> Path:
     model = tiny_llama(
         tokenizer,
         seed=1,
-        hidden_size=48,
+        hidden_size=64,
         layers=2,
-        heads=4,
+        heads=2,
         max_positions=CONTEXT,
         tie_embeddings=False,
     )
