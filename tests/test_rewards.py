@@ -289,5 +289,9 @@ def test_folders_that_hold_no_model_are_refused(folder: Path, tmp_path: Path) ->
     (mute / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="no chat template"):
         load_reward(str(mute))
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(DataError, match="no tokenizer can be loaded"):
+        load_reward(str(mute))
     with pytest.raises(DataError, match="no model folder"):
         load_reward("./nowhere")

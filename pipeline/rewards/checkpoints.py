@@ -36,10 +36,13 @@ def local_folder(model: str) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a reward model's own tokenizer."""
+    """Load a reward model's own tokenizer. Raises DataError where the folder holds none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"no tokenizer can be loaded from {folder}: {error}") from error
 
 
 def make_encoder(tokenizer: Any, settings: Settings) -> Encoder:
