@@ -8,7 +8,7 @@ import importlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,12 +207,9 @@ async def _play(
         missing = [job for job in jobs if not _is_whole(job[1], job[2])]
         if not missing:
             return
-        table, engines = _open_table(config, output, finished)
-        try:
+        async with AsyncExitStack() as opened:
+            table = _open_table(config, output, finished, opened)
             await play_all(missing, table, config.concurrency)
-        finally:
-            for engine in engines:
-                await engine.close()
 
 
 def _is_whole(plan: Plan, done: list["Rollout"]) -> bool:
@@ -221,7 +218,10 @@ def _is_whole(plan: Plan, done: list["Rollout"]) -> bool:
     return len(done) == plan.samples or (bool(done) and not reached)
 
 
-def _open_table(config: Config, output: store.Run, finished: Any) -> tuple["Table", list["Engine"]]:
+def _open_table(
+    config: Config, output: store.Run, finished: Any, opened: AsyncExitStack
+) -> "Table":
+    """Load policy and user model, which `opened` closes, and sit them down at a table."""
     from pipeline.chat import load_chat
     from pipeline.engines.base import Sampling
     from pipeline.engines.rounds import Rounds
@@ -230,15 +230,17 @@ def _open_table(config: Config, output: store.Run, finished: Any) -> tuple["Tabl
 
     rounds = Rounds()
     chat = load_chat(config.model, output.date, config.trust_remote_code)
-    engines = [_open_engine(config, output, "policy", chat.tokenizer, rounds)]
+    policy = _open_engine(config, output, "policy", chat.tokenizer, rounds)
+    opened.push_async_callback(policy.close)
     user = None
     if config.environment in NEEDS_USER_MODEL:
         user_chat = load_chat(config.user_model, output.date, config.trust_remote_code)
-        engines.append(_open_engine(config, output, "user", user_chat.tokenizer, rounds))
-        user = User(engines[1], user_chat, Sampling(config.temperature, config.maxlen))
-    table = Table(
+        asking = _open_engine(config, output, "user", user_chat.tokenizer, rounds)
+        opened.push_async_callback(asking.close)
+        user = User(asking, user_chat, Sampling(config.temperature, config.maxlen))
+    return Table(
         run_seed=config.seed,
-        engine=engines[0],
+        engine=policy,
         chat=chat,
         sampling=Sampling(config.temperature, config.maxlen, config.top_p, config.top_k),
         context=TemplateContext(chat),
@@ -248,7 +250,6 @@ def _open_table(config: Config, output: store.Run, finished: Any) -> tuple["Tabl
         least_turns=config.num_turns if config.full_dialogues else 0,
         play_last_reply=config.last_reply,
     )
-    return table, engines
 
 
 def _open_engine(
@@ -257,7 +258,6 @@ def _open_engine(
     from pipeline.engines.base import EngineOptions
 
     is_user = party == "user"
-    code = ["--trust-remote-code"] if config.trust_remote_code else []
     logs = Path(config.output_dir) if config.output_dir else output.work
     options = EngineOptions(
         rounds=rounds,
@@ -271,7 +271,8 @@ def _open_engine(
         max_model_len=config.max_model_len,
         log_dir=logs,
         script=config.script,
-        extra_args=(*config.server_args, *code),
+        trust_remote_code=config.trust_remote_code,
+        extra_args=config.server_args,
     )
     engine = (config.user_engine or config.engine) if is_user else config.engine
     model = config.user_model if is_user else config.model
@@ -291,11 +292,7 @@ def _write(output: store.Run, prompts: "Prompts") -> None:
 
     with closing(output.journal()) as journal:
         rows = sorted(journal.records(), key=lambda row: (row["prompt_id"], row["sample"]))
-    counts = Counter(f"status_{row['status']}" for row in rows)
-    counts += Counter(f"end_{row['end_reason']}" for row in rows)
-    counts["user_retries"] = sum(
-        sum(json.loads(row["info"]).get("user_retries", {}).values()) for row in rows
-    )
+    counts = _counts(rows)
     batches = (
         pa.RecordBatch.from_pylist(rows[start : start + 1024], schema=ROLLOUTS)
         for start in range(0, len(rows), 1024)
@@ -305,6 +302,20 @@ def _write(output: store.Run, prompts: "Prompts") -> None:
         dropped=prompts.dropped,
         counts={"rows_in": prompts.rows, "rows_out": len(rows), **counts},
     )
+    print(", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
+    print(f"{len(rows)} rollouts of {len(prompts.prompts)} prompts are in {output.name.text}")
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Count rollouts by status and by how they ended, turns by how they stopped, ids, retries."""
+    counts = Counter(f"status_{row['status']}" for row in rows)
+    counts += Counter(f"end_{row['end_reason']}" for row in rows)
+    turns = [turn for row in rows for turn in row["turns"]]
+    counts += Counter(f"finish_{turn['finish_reason']}" for turn in turns)
+    counts["response_ids"] = sum(len(turn["response_ids"]) for turn in turns)
+    retries = (json.loads(row["info"]).get("user_retries", {}) for row in rows)
+    counts["user_retries"] = sum(sum(by_turn.values()) for by_turn in retries)
+    return counts
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ class EngineOptions:
     max_model_len: int = 0
     log_dir: Path = Path()
     script: str = ""
+    trust_remote_code: bool = False
     extra_args: tuple[str, ...] = ()
 
 

@@ -191,7 +191,8 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> HfEngine:
 
     on_gpu = options.device == "auto" and torch.cuda.is_available()
     device = "cuda" if on_gpu else options.device.replace("auto", "cpu")
-    policy, _ = load_policy(model, dtype=_DTYPES[options.dtype])
+    code = options.trust_remote_code
+    policy, _ = load_policy(model, dtype=_DTYPES[options.dtype], trust_remote_code=code)
     engine = HfEngine(
         policy.to(device), options.rounds, options.max_batch_tokens, options.max_batch_rows
     )

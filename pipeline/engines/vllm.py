@@ -194,7 +194,8 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> VllmEngin
         "tensor-parallel-size": options.tensor_parallel,
         **({"max-model-len": options.max_model_len} if options.max_model_len else {}),
     }
-    process = start_server(model, options.log_dir, flags, options.extra_args, gpus=options.gpus)
+    args = (*options.extra_args, *(["--trust-remote-code"] if options.trust_remote_code else []))
+    process = start_server(model, options.log_dir, flags, args, gpus=options.gpus)
     try:
         return VllmEngine([attach(process.url, process.name, process)], process)
     except BaseException:
