@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from pipeline.errors import DataError
+from pipeline.strategy import stop
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,8 +89,7 @@ def finish_policy(
             counts=counts,
             metrics=metrics,
         )
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    stop(accelerator)
 
 
 def untied(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

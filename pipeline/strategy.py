@@ -4,6 +4,7 @@ accelerate falls back silently in several cases: `accelerate launch --cpu --num_
 one process, and an FSDP configuration on CPU trains unsharded copies.
 """
 
+import gc
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -90,3 +91,18 @@ def refuse_unsharded(accelerator: Any, policy: Any) -> None:
         return
     if not all(hasattr(parameter, "full_tensor") for parameter in policy.parameters()):
         raise DataError("FSDP is active, but the policy's parameters are not sharded: use fsdp2")
+
+
+def stop(accelerator: Any) -> None:
+    """Wait for all ranks, finish the trackers and close the process groups. Call on every rank.
+
+    DeepSpeed keeps references to groups that torch has destroyed; their threads, ended by the
+    interpreter's exit instead of here, were seen to abort or to hang it.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.state.deepspeed_plugin is not None:
+        from deepspeed import comm
+
+        comm.destroy_process_group()
+    accelerator.end_training()
+    gc.collect()

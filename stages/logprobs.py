@@ -41,6 +41,7 @@ def main(config: Config) -> None:
     fingerprint = store.fingerprint_model(config.base_model)
     from pipeline import cluster
     from pipeline.packing import Budget
+    from pipeline.strategy import stop
 
     pairs.require(cluster.wanted())
     accelerator, policy, tokenizer = load(config, config.temperature)
@@ -54,8 +55,7 @@ def main(config: Config) -> None:
     scorer = cluster.Scorer(accelerator, accelerator.prepare(policy), budget)
     repo = cluster.old_logprobs(scorer, place, pairs)
     accelerator.print(f"old log-probs of {config.query_dataset} are in {repo.name}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    stop(accelerator)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ class Config(TrainConfig):
     """Repo of groups (one row a rollout), written by tokenize_masks."""
     lr: float = 1e-5
     """Peak learning rate."""
+    per_device_train_batch_size: int = 8
+    """Rollouts a process contributes to one accumulation step."""
+    gradient_accumulation_steps: int = 1
+    """Accumulation steps of an update: it takes processes x batch size x this many rollouts."""
     num_epochs: float = 1.0
     """Passes over the train split."""
     total_episodes: int = 0
