@@ -22,7 +22,7 @@ import torch
 from pipeline import columns, manifest, store
 from pipeline.claims import claim_output, describe_job, say
 from pipeline.errors import DataError
-from pipeline.packing import Budget, Example, collate
+from pipeline.packing import Budget, Example, collate, share
 from pipeline.records import FLOATS, FloatArray
 from pipeline.repos import WORK, Repo, RepoName, open_folder, parse_repo
 from pipeline.seeds import generator_for
@@ -51,11 +51,19 @@ class Key:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Who computes log-probs: the prepared policy as it is now, and what one pass may hold."""
+    """Who computes log-probs: the prepared policy as it is now, and what one pass may hold.
+
+    `share`: whether rows share prefixes.
+    """
 
     accelerator: Any
     policy: Any
     budget: Budget
+    share: bool = False
+
+    def arranged(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Return the examples in the layout of this scorer."""
+        return [share(example) for example in examples] if self.share else examples
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def drifted(scorer: Scorer, place: Place) -> str | None:
     split = repo.splits()[0]
     kept = columns.pairs(repo.batches(split, [*wanted(), *old_columns()]), OLD)
     order = generator_for(0, repo.content_hash, 0, 0, "drift").permutation(len(kept))
-    sample = [kept[i] for i in sorted(order[:DRIFT_ROWS])]
+    sample = scorer.arranged([kept[i] for i in sorted(order[:DRIFT_ROWS])])
     gaps = [
         np.abs(new[side] - sample[i].strands[side].numbers["old_logprob"])
         for i, new in logprobs(scorer, sample)
@@ -158,7 +166,7 @@ def drifted(scorer: Scorer, place: Place) -> str | None:
 
 def wanted() -> list[str]:
     """Name the columns of pairs that log-probs and training read."""
-    return ["prompt_id", "prefix_length", *columns.side_columns(columns.PAIR_SIDES)]
+    return ["prompt_id", *columns.side_columns(columns.PAIR_SIDES)]
 
 
 def old_columns() -> list[str]:
@@ -172,7 +180,7 @@ def logprobs(scorer: Scorer, examples: Sequence[Example]) -> Iterator[tuple[int,
     scorer.policy.eval()
     for indices, counted in my_batches(scorer.accelerator, examples, scorer.budget):
         batch = collate([examples[i] for i in indices], scorer.accelerator.device, counted)
-        logps_N = scorer.policy(batch.ids_BT, batch.sources_N, batch.targets_N).cpu().numpy()
+        logps_N = scorer.policy(*batch.inputs).cpu().numpy()
         if not counted:
             continue
         sizes = [int(s.mask.sum()) for i in indices for s in examples[i].strands.values()]
@@ -196,7 +204,8 @@ def compute(scorer: Scorer, place: Place, pairs: Repo) -> Repo:
         # No rank may append before all have read, or they would plan different rests.
         accelerator.wait_for_everyone()
         for split in pairs.splits():
-            score_split(scorer, run, split, columns.pairs(pairs.batches(split, wanted()), {}), done)
+            examples = columns.pairs(pairs.batches(split, wanted()), {})
+            score_split(scorer, run, split, scorer.arranged(examples), done)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not run.finished:

@@ -32,10 +32,9 @@ def pairs(batches: Iterable[pa.RecordBatch], numbers: Mapping[str, str]) -> list
     for batch in batches:
         sides = {side: _strands(batch, side, numbers) for side in PAIR_SIDES}
         names = batch.column("prompt_id").to_pylist()
-        shared = batch.column("prefix_length").to_pylist()
         for i, name in enumerate(names):
             strands = {side: column[i] for side, column in sides.items()}
-            examples.append(Example(name, strands, shared[i] or 0))
+            examples.append(Example(name, strands))
     return examples
 
 

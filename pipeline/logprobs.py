@@ -61,13 +61,17 @@ class MaskedLogprobs(nn.Module):
         sources_N: Tensor,
         targets_N: Tensor,
         positions_BT: Tensor | None = None,
-        attention: Tensor | None = None,
+        sees_B1TT: Tensor | None = None,
     ) -> Tensor:
         """Return logps_N, float32.
 
         `sources_N` indexes the flattened [B*T] positions whose hidden state predicts `targets_N`.
-        `attention` None is causal attention over the row, exact for rows padded on the right.
+        `sees_B1TT` (bool) None is causal attention, exact for rows padded on the right.
         """
+        attention = sees_B1TT
+        if sees_B1TT is not None and self.config._attn_implementation == "eager":
+            attention = torch.zeros(sees_B1TT.shape, device=ids_BT.device)
+            attention = attention.masked_fill(~sees_B1TT, torch.finfo(attention.dtype).min)
         output = self.model.base_model(
             input_ids=ids_BT, attention_mask=attention, position_ids=positions_BT, use_cache=False
         )

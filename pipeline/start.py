@@ -29,6 +29,8 @@ class LoadConfig:
     """Most ids, padding included, in one pass; an example longer than that has its own."""
     per_device_eval_batch_size: int = execution(64)
     """Most examples in one pass without gradients (evaluation, old log-probs)."""
+    share_prefixes: bool = execution(True)
+    """Compute the ids that the rollouts of a pair share once; checked at the start."""
     num_processes: int = execution(0)
     """Refuse to run unless so many processes are active; 0 takes what is there."""
 
@@ -100,6 +102,7 @@ class Prepared:
     policy: Any
     optimizer: Any
     tokenizer: Any
+    share: bool
 
     def longest(self, total_length: int) -> int:
         """Return the ids of a row that the config and the model's context both allow."""
@@ -146,7 +149,22 @@ def prepare(config: TrainConfig, temperature: float) -> Prepared:
     optimizer = make_optimizer(policy.parameters(), config)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     strategy.refuse_unsharded(accelerator, policy)
-    return Prepared(accelerator, policy, optimizer, tokenizer)
+    return Prepared(accelerator, policy, optimizer, tokenizer, shares(config, accelerator, policy))
+
+
+def shares(config: LoadConfig, accelerator: Any, policy: Any) -> bool:
+    """Say whether rows may share prefixes: asked for, and equal to separate rows on this model.
+
+    `policy` is the prepared MaskedLogprobs. Call on every rank.
+    """
+    from pipeline.probe import why_not_share
+
+    if not config.share_prefixes:
+        return False
+    reason = why_not_share(accelerator, policy)
+    if reason is not None:
+        accelerator.print(f"rollouts of a pair don't share their prefix: {reason}")
+    return reason is None
 
 
 def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> Any:
@@ -158,13 +176,14 @@ def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> Any:
     return kind(parameters, lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=decay)
 
 
-def usable(examples: Sequence[Any], longest: int, what: str) -> list[Any]:
+def usable(examples: Sequence[Any], longest: int, what: str, shared: bool = False) -> list[Any]:
     """Return the examples whose rows have at most `longest` ids; say how many have more.
 
-    Raises DataError where nothing trains in an example, or where no example is left.
+    `shared` arranges them to share prefixes. Raises DataError where nothing trains in an example,
+    or where no example is left.
     """
     from pipeline.claims import say
-    from pipeline.packing import widths
+    from pipeline.packing import share, widths
 
     idle = [e.prompt_id for e in examples if not all(s.mask.any() for s in e.strands.values())]
     if idle:
@@ -177,4 +196,4 @@ def usable(examples: Sequence[Any], longest: int, what: str) -> list[Any]:
         say(f"{len(examples) - len(kept)} of {len(examples)} {what}s are longer than {longest} ids")
     if not kept:
         raise DataError(f"no {what} is left: all {len(examples)} are longer than {longest} ids")
-    return kept
+    return [share(example) for example in kept] if shared else kept

@@ -125,7 +125,7 @@ def train_step(trainer: Trainer, examples: Sequence[Example]) -> dict[str, float
 
 def forward(trainer: Trainer, batch: MicroBatch) -> Loss:
     """Return the loss of a micro-batch, 0 for a filler; stop where it isn't finite."""
-    logps_N = trainer.policy(batch.ids_BT, batch.sources_N, batch.targets_N)
+    logps_N = trainer.policy(*batch.inputs)
     loss = trainer.loss(logps_N, batch)
     finite = torch.isfinite(loss.numerators)
     if not bool(finite.all()):

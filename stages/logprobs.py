@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline import store
 from pipeline.config import execution, run
 from pipeline.errors import DataError
-from pipeline.start import LoadConfig, load
+from pipeline.start import LoadConfig, load, shares
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def main(config: Config) -> None:
         config.query_dataset, config.cluster, pairs, key, (config.base_model, fingerprint)
     )
     budget = Budget(config.max_tokens_per_microbatch, config.per_device_eval_batch_size)
-    scorer = cluster.Scorer(accelerator, accelerator.prepare(policy), budget)
+    policy = accelerator.prepare(policy)
+    share = shares(config, accelerator, policy)
+    scorer = cluster.Scorer(accelerator, policy, budget, share)
     repo = cluster.old_logprobs(scorer, place, pairs)
     accelerator.print(f"old log-probs of {config.query_dataset} are in {repo.name}")
     stop(accelerator)

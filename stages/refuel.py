@@ -90,7 +90,9 @@ def main(config: Config) -> None:
     names = [*cluster.wanted(), *cluster.old_columns(), "chosen_reward", "reject_reward"]
     longest = ready.longest(config.task.total_length)
     splits = {
-        split: usable(columns.pairs(kept.batches(split, names), cluster.OLD), longest, "pair")
+        split: usable(
+            columns.pairs(kept.batches(split, names), cluster.OLD), longest, "pair", ready.share
+        )
         for split in kept.splits()
     }
     trainer = Trainer(
@@ -124,7 +126,7 @@ def old_logprobs(
     )
     budget = Budget(config.max_tokens_per_microbatch, config.per_device_eval_batch_size)
     return cluster.old_logprobs(
-        cluster.Scorer(ready.accelerator, ready.policy, budget), place, pairs
+        cluster.Scorer(ready.accelerator, ready.policy, budget, ready.share), place, pairs
     )
 
 

@@ -84,7 +84,6 @@ def examples(count: int, seed: int = 0) -> list[Example]:
                 side: strand(member)
                 for side, member in zip(SIDES, (one.chosen, one.reject), strict=True)
             },
-            one.prefix_length,
         )
         for one in pairs(count, seed)
     ]
