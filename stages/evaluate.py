@@ -125,23 +125,27 @@ def _write(output: store.Run, rows: list[dict[str, Any]]) -> None:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     turns = sorted({row["turn"] for row in rows})
     for column, title in [("score", "Score at turn"), ("win_rate", "Win-rate at turn")]:
-        table = Table("policy", *(f"{turn + 1}" for turn in turns), title=f"{title} (95% interval)")
+        heads = [str(turn + 1) for turn in turns]
+        table = Table(
+            "policy", *heads, title=f"{title} (95% interval)", box=SIMPLE, padding=(0, 1, 0, 0)
+        )
         for policy in dict.fromkeys(row["policy"] for row in rows):
             mine = {row["turn"]: row for row in rows if row["policy"] == policy}
             table.add_row(policy, *(_cell(mine[turn], column) for turn in turns))
-        Console(width=None).print(table)
+        Console().print(table)
 
 
 def _cell(row: dict[str, Any], column: str) -> str:
     mean, half_width = row[column], row[f"{column}_half_width"]
     if mean is None or math.isnan(mean):
         return "-"
-    return f"{mean:.3f} ± {half_width:.3f}"
+    return f"{mean:.3f}±{half_width:.3f}"
 
 
 def _gained(rows: list[dict[str, Any]]) -> bool:

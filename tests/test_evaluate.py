@@ -54,11 +54,11 @@ def test_table_picture_and_verdict(tmp_path):
     assert abs(last["score"] - 0.4195) < 1e-12
     assert (last["win_rate"], last["win_rate_half_width"]) == (1.0, 0.0)
     assert (rows[2]["win_rate"], rows[1]["win_rate"]) == (0.5, 0.5)  # ties, and itself
-    assert "0.420 ± 0.004" in done.stdout
+    assert "0.420±0.004" in done.stdout
     picture = (out / "pictures" / "score_by_turn.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
     again = evaluate(*args, "--require_gain")
-    assert again.returncode == 0 and "0.420 ± 0.004" in again.stdout
+    assert again.returncode == 0 and "0.420±0.004" in again.stdout
 
 
 def test_no_gain_is_exit_code_one(tmp_path):

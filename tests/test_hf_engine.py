@@ -45,6 +45,24 @@ def test_a_batch_samples_what_each_request_samples_alone():
     assert [c.finish_reason for c in together] == [c.finish_reason for c in alone]
 
 
+def test_one_context_for_several_requests_is_read_once_and_sampled_apart():
+    seen = []
+
+    class Counting(type(MODEL)):
+        def forward(self, input_ids=None, **kwargs):
+            seen.append(tuple(input_ids.shape))
+            return super().forward(input_ids=input_ids, **kwargs)
+
+    model = Counting(MODEL.config).eval()
+    model.load_state_dict(MODEL.state_dict())
+    shared, other = prompts()[1], prompts()[3]
+    requests = [request(shared, 1), request(other, 2), request(shared, 3), request(shared, 4)]
+    said = generate(model, requests, 256)
+    assert seen[0] == (2, 90)
+    assert [c.ids for c in said] == [generate(MODEL, [one], 256)[0].ids for one in requests]
+    assert len({tuple(said[n].ids) for n in (0, 2, 3)}) == 3
+
+
 def test_stops_at_any_stop_id_and_keeps_it():
     free = generate(MODEL, [request([7, 8, 9], stop=())], 256)[0]
     assert (len(free.ids), free.finish_reason) == (12, "length")

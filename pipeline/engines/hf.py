@@ -74,33 +74,46 @@ def generate(model: Any, requests: Sequence[Request], max_context: int) -> list[
     Log-probs are the float32 log-softmax of logits / temperature at the sampled id. A row stops at
     one of its stop ids ("stop"), or at its bound of new ids or of the context ("length").
     """
-    device = model.device
-    input_BS, mask_BS = _left_pad([request.ids for request in requests], device)
-    position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
     rows = [_Row(request, max_context) for request in requests]
     live = list(range(len(rows)))
+    cache = DynamicCache(config=model.config)
+    # Rollouts that part here have one context: it is read once, then its cache is copied.
+    contexts = {tuple(request.ids): None for request in requests}
+    order = {context: n for n, context in enumerate(contexts)}
+    input_BS, mask_BS = _left_pad(list(contexts), model.device)
+    position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+    logits_BV = _forward(model, input_BS, mask_BS, position_BS, cache)
+    from_B = torch.tensor([order[tuple(request.ids)] for request in requests], device=model.device)
+    if len(contexts) < len(rows):
+        cache.batch_select_indices(from_B)
+    mask_BS, position_BS, logits_BV = mask_BS[from_B], position_BS[from_B], logits_BV[from_B]
     while True:
-        logits_BV = model(
-            input_ids=input_BS,
-            attention_mask=mask_BS,
-            position_ids=position_BS,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
         ids_B = _sample([rows[i] for i in live], logits_BV)
         keep = [n for n, i in enumerate(live) if not rows[i].done]
         if not keep:
             return [row.completion() for row in rows]
         if len(keep) < len(live):
             live = [live[n] for n in keep]
-            keep_B = torch.tensor(keep, device=device)
+            keep_B = torch.tensor(keep, device=model.device)
             cache.batch_select_indices(keep_B)
             ids_B, mask_BS, position_BS = ids_B[keep_B], mask_BS[keep_B], position_BS[keep_B]
-        input_BS = ids_B[:, None]
         mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(live), 1)], dim=1)
         position_BS = position_BS[:, -1:] + 1
+        logits_BV = _forward(model, ids_B[:, None], mask_BS, position_BS, cache)
+
+
+def _forward(
+    model: Any, input_BS: torch.Tensor, mask_BS: torch.Tensor, position_BS: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """Return the logits after the last position of each row, [B, V]."""
+    return model(
+        input_ids=input_BS,
+        attention_mask=mask_BS,
+        position_ids=position_BS,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
 
 def _left_pad(contexts: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
