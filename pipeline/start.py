@@ -25,8 +25,8 @@ class LoadConfig:
     """Attention of the model: sdpa, eager, flash_attention_2 or another that transformers knows."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along."""
-    max_tokens_per_microbatch: int = execution(4096)
-    """Most ids, padding included, in one pass; an example longer than that has its own."""
+    max_tokens_per_microbatch: int = execution(0)
+    """Most ids, padding included, in one pass; 0: 4096 on a GPU, 1024 on a CPU (for its cache)."""
     per_device_eval_batch_size: int = execution(64)
     """Most examples in one pass without gradients (evaluation, old log-probs)."""
     share_prefixes: bool = execution(True)
@@ -43,8 +43,13 @@ class LoadConfig:
 
     def load_problems(self) -> list[str]:
         """Say what is wrong with these flags."""
-        found = at_least(self, 1, "max_tokens_per_microbatch", "per_device_eval_batch_size")
-        return found + at_least(self, 0, "num_processes")
+        found = at_least(self, 1, "per_device_eval_batch_size")
+        return found + at_least(self, 0, "max_tokens_per_microbatch", "num_processes")
+
+    def tokens(self, accelerator: Any) -> int:
+        """Return what one forward pass may hold on this device; a longer example has its own."""
+        by_device = 1024 if accelerator.device.type == "cpu" else 4096
+        return self.max_tokens_per_microbatch or by_device
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,11 @@ class Prepared:
         return int(self.accelerator.num_processes) * local
 
 
-def load(
-    config: LoadConfig, temperature: float, max_grad_norm: float = 0.0, tracker: str = "none"
-) -> tuple[Any, Any, Any]:
-    """Start accelerate as the launcher asked; return (accelerator, MaskedLogprobs, tokenizer)."""
-    from pipeline import models, strategy
+def load(config: LoadConfig, temperature: float, accelerator: Any) -> tuple[Any, Any]:
+    """Return the policy as a MaskedLogprobs, and its tokenizer."""
+    from pipeline import models
     from pipeline.logprobs import MaskedLogprobs, check_head
 
-    accelerator = strategy.start(config.precision, max_grad_norm, config.num_processes, tracker)
     # DeepSpeed keeps float32 masters of bf16 weights; elsewhere the weights are the masters.
     deepspeed = accelerator.state.deepspeed_plugin is not None
     loaded = models.DTYPES[config.precision if deepspeed else "fp32"]
@@ -133,7 +135,7 @@ def load(
     # ZeRO-3 loads shards, which can't be probed outside of its engine.
     if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         check_head(policy)
-    return accelerator, policy, tokenizer
+    return policy, tokenizer
 
 
 def prepare(config: TrainConfig, temperature: float) -> Prepared:
@@ -141,9 +143,14 @@ def prepare(config: TrainConfig, temperature: float) -> Prepared:
     from pipeline import strategy, tracking
 
     tracking.check_tracker(config.trackers)
-    accelerator, policy, tokenizer = load(
-        config, temperature, config.max_grad_norm, config.trackers
+    accelerator = strategy.start(
+        config.precision,
+        config.num_processes,
+        max_grad_norm=config.max_grad_norm,
+        tracker=config.trackers,
+        curves=f"{config.output_dir}.curves",
     )
+    policy, tokenizer = load(config, temperature, accelerator)
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(policy.parameters(), config)

@@ -15,13 +15,22 @@ from pipeline.errors import DataError
 ASKED_BY = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
 
 
-def start(dtype: str, max_grad_norm: float, num_processes: int = 0, tracker: str = "none") -> Any:
+def start(
+    dtype: str,
+    num_processes: int = 0,
+    *,
+    max_grad_norm: float = 0.0,
+    tracker: str = "none",
+    curves: str | None = None,
+) -> Any:
     """Return an Accelerator that runs what was asked for; print the world size and the strategy.
 
-    `num_processes` 0 takes whatever is active. Raises DataError where something else is active.
+    `num_processes` 0 takes whatever is active; `curves` is where a tracker may write files. Raises
+    DataError where something else is active.
     """
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from transformers.utils import logging
 
     # accelerate takes a backend as proof that a process group exists.
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -29,12 +38,15 @@ def start(dtype: str, max_grad_norm: float, num_processes: int = 0, tracker: str
     accelerator = Accelerator(
         mixed_precision="bf16" if dtype == "bf16" else "no",
         log_with=None if tracker == "none" else tracker,
+        project_dir=None if tracker == "none" else curves,
         # Rank 0 alone downloads and writes; the others wait for it.
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3))],
     )
     refuse_other_strategy(accelerator.state, num_processes, os.environ)
     if accelerator.state.deepspeed_plugin is not None:
         configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, max_grad_norm)
+    if not accelerator.is_main_process:
+        logging.disable_progress_bar()
     accelerator.print(
         f"{accelerator.num_processes} process(es), {name_of(accelerator.state)}, "
         f"{accelerator.device}, {dtype}"

@@ -41,17 +41,18 @@ def main(config: Config) -> None:
     fingerprint = store.fingerprint_model(config.base_model)
     from pipeline import cluster
     from pipeline.packing import Budget
-    from pipeline.strategy import stop
+    from pipeline.strategy import start, stop
 
     pairs.require(cluster.wanted())
-    accelerator, policy, tokenizer = load(config, config.temperature)
+    accelerator = start(config.precision, config.num_processes)
+    policy, tokenizer = load(config, config.temperature, accelerator)
     key = cluster.key_of(
         tokenizer, config.temperature, config.precision, config.attn_implementation
     )
     place = cluster.cluster_place(
         config.query_dataset, config.cluster, pairs, key, (config.base_model, fingerprint)
     )
-    budget = Budget(config.max_tokens_per_microbatch, config.per_device_eval_batch_size)
+    budget = Budget(config.tokens(accelerator), config.per_device_eval_batch_size)
     policy = accelerator.prepare(policy)
     share = shares(config, accelerator, policy)
     scorer = cluster.Scorer(accelerator, policy, budget, share)

@@ -101,7 +101,7 @@ def main(config: Config) -> None:
         ready.optimizer,
         lambda logps_N, batch: pair_loss(logps_N, batch, config.refuel.eta),
         lambda example: 1.0,
-        Budget(config.max_tokens_per_microbatch),
+        Budget(config.tokens(ready.accelerator)),
         config.max_grad_norm,
     )
     last = fit(trainer, splits, config, config.total_episodes, ready.batch_size(config), output)
@@ -124,7 +124,7 @@ def old_logprobs(
         if config.task.cluster
         else cluster.scratch_place(output.work, pairs, key, model)
     )
-    budget = Budget(config.max_tokens_per_microbatch, config.per_device_eval_batch_size)
+    budget = Budget(config.tokens(ready.accelerator), config.per_device_eval_batch_size)
     return cluster.old_logprobs(
         cluster.Scorer(ready.accelerator, ready.policy, budget, ready.share), place, pairs
     )

@@ -80,7 +80,7 @@ def main(config: Config) -> None:
         ready.optimizer,
         nll,
         lambda example: example.trained,
-        Budget(config.max_tokens_per_microbatch),
+        Budget(config.tokens(ready.accelerator)),
         config.max_grad_norm,
     )
     total = config.total_episodes or round(config.num_epochs * len(splits["train"]))

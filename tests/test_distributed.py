@@ -68,7 +68,9 @@ def assert_equal_training(made: Path, out: Path) -> None:
     assert [line["update"] for line in one] == [0, 1, 2, 3, 4, 4, 5, 5]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"tokens_per_s", "peak_memory_gb"}:
+        # Before anything has moved, the sign of Δ_chosen − Δ_reject is that of a rounding error.
+        noise = {"sign_align", "val_sign_align"} if a["update"] < 2 else set()
+        for name in a.keys() - {"tokens_per_s", "peak_memory_gb"} - noise:
             assert b[name] == pytest.approx(a[name], rel=2e-4, abs=2e-5), (a["update"], name)
     alone, sharded = (load_file(f / "model.safetensors") for f in (made / "one", out))
     before = load_file(made / "policy" / "model.safetensors")
