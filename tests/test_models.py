@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from pipeline.errors import DataError
@@ -39,6 +40,9 @@ def test_a_saved_policy_gives_identical_logits_in_plain_transformers(
     assert tokenizer.chat_template == trainables.tokenizer().chat_template
     assert tokenizer.encode("guess 7") == trainables.tokenizer().encode("guess 7")
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    stored = load_file(tmp_path / "policy" / "model.safetensors").keys()
+    assert model.state_dict().keys() - stored == ({"lm_head.weight"} if tie else set())
+    assert stored <= model.state_dict().keys()
     names = {path.name for path in (tmp_path / "policy").iterdir()}
     assert "model.safetensors" in names
     assert not [name for name in names if name.endswith((".bin", ".pt"))]
