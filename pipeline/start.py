@@ -8,10 +8,6 @@ from typing import Any, Literal
 from pipeline.config import execution
 from pipeline.errors import DataError
 
-# Set before torch loads its OpenMP: small operations on a busy machine otherwise wait in long spins
-# for a thread that has no core (a step of the demo's policy took 5.5 s in place of 0.2).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 
 @dataclass(frozen=True)
 class LoadConfig:

@@ -22,6 +22,7 @@ from pipeline.errors import DataError
 
 STAGES = Path(__file__).parent
 _KEYS = {"folder", "iterations", "policy", "open", "each", "close"}
+_OPTIONAL = {"base_policy"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Config:
     """Run every command of a recipe, iteration after iteration."""
 
     recipe: Annotated[str, tyro.conf.Positional]
-    """A YAML file: folder, iterations, policy, and the sections open, each and close."""
+    """A YAML file: folder, iterations, policy, base_policy, and the sections open, each, close."""
     folder: str = execution("")
     """Where everything is written; the recipe's own folder when empty."""
     iterations: int = execution(0)
@@ -63,7 +64,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise DataError(f"{path}: a recipe is a mapping of {', '.join(sorted(_KEYS))}")
     problems = [f"{key} is missing" for key in sorted(_KEYS - recipe.keys())]
-    problems += [f"{key} is unknown" for key in sorted(recipe.keys() - _KEYS)]
+    problems += [f"{key} is unknown" for key in sorted(recipe.keys() - _KEYS - _OPTIONAL)]
     for part in ("open", "each", "close"):
         for name, section in (recipe.get(part) or {}).items():
             stage = section.get("stage", name)
@@ -86,7 +87,7 @@ def commands(
     {folder}; {t}: the iteration, 0 before the first; {policy}: the policy that iteration t starts
     from; {next}: the one it makes; {all} repeats a value for t = 0..K.
     """
-    names = {"folder": folder, "t": 0, "policy": recipe["policy"].format(folder=folder, t=0)}
+    names: dict[str, Any] = {"folder": folder}
     for part, rounds in [
         ("open", [0]),
         ("each", range(1, iterations + 1)),
@@ -94,11 +95,18 @@ def commands(
     ]:
         for t in rounds:
             names["t"] = t
-            names["policy"] = recipe["policy"].format(folder=folder, t=max(t - 1, 0))
-            names["next"] = recipe["policy"].format(folder=folder, t=t)
+            names["policy"] = _policy(recipe, folder, max(t - 1, 0))
+            names["next"] = _policy(recipe, folder, t)
             for name, section in (recipe[part] or {}).items():
                 title = f"iteration {t}/{iterations}: {name}" if part == "each" else name
                 yield title, _command(name, section, names, iterations)
+
+
+def _policy(recipe: Mapping[str, Any], folder: str, t: int) -> str:
+    """Return the policy after iteration t: a folder, or the model that the recipe starts from."""
+    if t == 0 and "base_policy" in recipe:
+        return str(recipe["base_policy"])
+    return str(recipe["policy"].format(folder=folder, t=t))
 
 
 def _command(
@@ -129,7 +137,8 @@ def _executable(command: list[str]) -> list[str]:
     here = Path(sys.executable)
     launcher = str(here if command[0] == "python" else here.parent / command[0])
     root = STAGES.parent
-    rest = [str(root / part) if part.startswith("stages/") else part for part in command[1:]]
+    ours = ("stages/", "accelerate_cfgs/")
+    rest = [str(root / part) if part.startswith(ours) else part for part in command[1:]]
     return [launcher, *rest]
 
 
