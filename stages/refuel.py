@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pipeline.losses import Loss
     from pipeline.packing import MicroBatch
 
+# The REFUEL authors document --rebel.eta; their own script knows --refuel.eta only.
+ALIASES = {"--rebel.": "--refuel."}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -141,4 +144,4 @@ def pair_loss(logps_N: "Tensor", batch: "MicroBatch", eta: float) -> "Loss":
 
 
 if __name__ == "__main__":
-    run(main, Config, aliases={"--rebel.": "--refuel."})
+    run(main, Config, ALIASES)
