@@ -77,7 +77,7 @@ def truncate_torn_line(path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    # NumPy's arrays and scalars, which records.pair_row and group_row hold.
+    # NumPy's arrays and scalars, which rows.pair_row and group_row hold.
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"a journal can't hold {type(value).__name__}: {value!r}")

@@ -21,8 +21,8 @@ from pipeline.records import (
     Segment,
     Span,
     TrainingSequence,
-    clean_message,
 )
+from pipeline.rows import clean_message
 
 REFUEL_PAD = 128256
 """The id behind Llama 3's vocabulary that the published REFUEL datasets are padded with."""

@@ -12,7 +12,8 @@ import pyarrow as pa
 from pipeline import shards
 from pipeline.errors import DataError
 from pipeline.manifest import MANIFEST, content_hash, describe_file, read_json, verify
-from pipeline.records import ROLLOUTS, WRITTEN_BY, Rollout, rollout_from_row
+from pipeline.records import ROLLOUTS, WRITTEN_BY, Rollout
+from pipeline.rows import rollout_from_row
 
 WORK = ".turnwise"
 STATE = "run.json"

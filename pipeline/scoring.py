@@ -15,17 +15,10 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.journal import read_journal
-from pipeline.records import (
-    NO_SCORE,
-    ROLLOUTS,
-    Message,
-    RewardPart,
-    Rollout,
-    clean_message,
-    message_row,
-)
+from pipeline.records import NO_SCORE, ROLLOUTS, Message, RewardPart, Rollout
 from pipeline.repos import Repo, read_rollouts
 from pipeline.rewards.base import RewardModel, Scored, policy_messages
+from pipeline.rows import clean_message, message_row
 
 WINDOW_ROWS = 512
 CHUNK_ROWS = 32

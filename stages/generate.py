@@ -118,6 +118,8 @@ class Config:
             problems.append("--output_repo is missing: ./folder, or org/name on the Hub")
         if "scripted" in (self.engine, self.user_engine) and not self.script:
             problems.append("--engine scripted needs --script")
+        if (self.environment == "guessing_game") != self.dataset.startswith("guessing_game"):
+            problems.append("--environment guessing_game and --dataset guessing_game go together")
         for name, least in [("num_turns", 1), ("maxlen", 1), ("group_size", 1), ("concurrency", 1)]:
             if getattr(self, name) < least:
                 problems.append(f"--{name} {getattr(self, name)}: at least {least}")
@@ -175,7 +177,7 @@ def _fingerprints(config: Config) -> dict[str, str]:
 
 def _finished(journal: store.Journal) -> dict[str, list["Rollout"]]:
     """Return what an earlier run finished, by prompt."""
-    from pipeline.records import rollout_from_row
+    from pipeline.rows import rollout_from_row
 
     done: dict[str, list[Rollout]] = {}
     for row in journal.records():
@@ -193,8 +195,8 @@ async def _play(
 ) -> None:
     from tqdm import tqdm
 
-    from pipeline.records import rollout_row
     from pipeline.rollout import play_all
+    from pipeline.rows import rollout_row
 
     total = sum(plan.samples for plan in plans.values())
     with tqdm(total=total, initial=sum(map(len, done.values())), unit="rollout") as bar:

@@ -210,7 +210,8 @@ def _batches(
 ) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
 
-    from pipeline.records import RANKED, rollout_row
+    from pipeline.records import RANKED
+    from pipeline.rows import rollout_row
     from pipeline.scoring import ranked_windows, rollouts_of
 
     rollouts = rollouts_of(prompts, split, config.columns)

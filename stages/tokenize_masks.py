@@ -120,7 +120,8 @@ def _select(
     from tqdm import tqdm
 
     from pipeline.examples import check_group, check_pair
-    from pipeline.records import PairExample, group_row, pair_row
+    from pipeline.records import PairExample
+    from pipeline.rows import group_row, pair_row
     from pipeline.selection import Rules
 
     rules = Rules(
@@ -206,7 +207,7 @@ def _rollouts(source: store.Repo, split: str) -> Iterator["Rollout"]:
     """Stream rollouts in key order; a foreign repo in another order is read whole and sorted."""
     import pyarrow.compute as pc
 
-    from pipeline.records import rollout_from_row
+    from pipeline.rows import rollout_from_row
 
     names = source.table(split, ["prompt_id"]).column("prompt_id")
     places = pc.run_end_encode(names.combine_chunks())

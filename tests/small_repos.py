@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from pipeline import store
 from pipeline.config import execution
-from pipeline.records import RANKED, ROLLOUTS, Rollout, Turn, rollout_row
+from pipeline.records import RANKED, ROLLOUTS, Rollout, Turn
+from pipeline.rows import rollout_row
 
 
 @dataclass(frozen=True)

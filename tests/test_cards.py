@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from pipeline import cards, store
-from pipeline.records import ROLLOUTS, GroupExample, TrainingSequence, Turn, group_row, rollout_row
+from pipeline.records import ROLLOUTS, GroupExample, TrainingSequence, Turn
+from pipeline.rows import group_row, rollout_row
 from small_repos import Config, ranked_table, rollout, table, write_rollouts
 
 NASTY = (

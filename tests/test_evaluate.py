@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import store
-from pipeline.records import RANKED, Message, Rollout, Turn, rollout_row
+from pipeline.records import RANKED, Message, Rollout, Turn
+from pipeline.rows import rollout_row
 
 ROOT = Path(__file__).parents[1]
 

@@ -100,7 +100,8 @@ def test_rollouts_of_the_repo_are_whole(policy, tmp_path):
         (["--model", "./nowhere"], ["./nowhere"]),
         (["--engine", "scripted"], ["--script"]),
         (["--num_turns", "0"], ["--num_turns 0"]),
-        (["--dataset", "rows.jsonl"], ["no such file"]),
+        (["--environment", "fixed_user"], ["guessing_game go together"]),
+        (["--environment", "fixed_user", "--dataset", "rows.jsonl"], ["no such file"]),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_write_nothing(policy, tmp_path, args, told):

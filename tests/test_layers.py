@@ -31,6 +31,7 @@ GROUND = {
     "packing",
     "plans",
     "records",
+    "rows",
     "schedule",
     "seeds",
     "selection",

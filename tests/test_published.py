@@ -9,7 +9,8 @@ from pipeline import store
 from pipeline.errors import DataError, RowError
 from pipeline.examples import check_pair
 from pipeline.published import pair_from_published, rollouts_of_text, text_rollouts
-from pipeline.records import Segment, Span, pair_from_row
+from pipeline.records import Segment, Span
+from pipeline.rows import pair_from_row
 from stages.tokenize_masks import Config, main
 from templates import make_tokenizer
 

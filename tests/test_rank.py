@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.records import NO_SCORE, RANKED, ROLLOUTS, Message, Rollout, Turn, rollout_row
+from pipeline.records import NO_SCORE, RANKED, ROLLOUTS, Message, Rollout, Turn
 from pipeline.repos import open_repo
 from pipeline.rewards import reward_fingerprint
+from pipeline.rows import rollout_row
 from pipeline.scoring import CHUNK_ROWS, WINDOW_ROWS, count_chunks, windows
 from stages.rank import Config, main
 

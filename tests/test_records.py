@@ -18,6 +18,8 @@ from pipeline.records import (
     Span,
     TrainingSequence,
     Turn,
+)
+from pipeline.rows import (
     group_from_row,
     group_row,
     pair_from_row,

@@ -15,8 +15,9 @@ from pipeline.environments.fixed_user import FixedUser
 from pipeline.environments.simulated_user import SimulatedUser, User, instructions, question_of
 from pipeline.plans import Plan, plan_for
 from pipeline.prompts import Prompt, guessing_games
-from pipeline.records import Rollout, rollout_from_row, rollout_row
+from pipeline.records import Rollout
 from pipeline.rollout import play_all
+from pipeline.rows import rollout_from_row, rollout_row
 from tests.playing import DATE, Said, Silent, table, tiny_policy, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

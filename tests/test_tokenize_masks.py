@@ -11,7 +11,8 @@ import pytest
 
 from pipeline import store
 from pipeline.errors import DataError
-from pipeline.records import RANKED, ROLLOUTS, Rollout, group_from_row, pair_from_row, rollout_row
+from pipeline.records import RANKED, ROLLOUTS, Rollout
+from pipeline.rows import group_from_row, pair_from_row, rollout_row
 from play import messages_of, played
 from small_repos import Config as RepoConfig
 from stages.tokenize_masks import Config, main

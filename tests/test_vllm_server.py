@@ -126,8 +126,16 @@ def test_the_command_pins_what_exactness_needs() -> None:
         *("--model", "m", "--served-model-name", "name", "--host", "127.0.0.1", "--port", "8001"),
         *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
         *("--load-format", "safetensors", "--dtype", "float32"),
-        *("--disable-uvicorn-access-log", "--enforce-eager"),
+        *("--disable-uvicorn-access-log", "--no-enable-chunked-prefill", "--enforce-eager"),
     ]
+
+
+def test_a_teardowns_noise_does_not_hide_the_error(tmp_path: Path) -> None:
+    code = "print('(W pid=1) ERROR x RuntimeError: head_dim=24'); print('noise\\n' * 99); exit(0)"
+    server = VllmServer([sys.executable, "-c", code], "http://127.0.0.1:9", "x", tmp_path / "log")
+    with server:
+        told = server.story_of_the_end("refused")
+    assert "exited with code 0 (refused). It said:\n  RuntimeError: head_dim=24" in told
 
 
 EOS = 4  # <|eot_id|> of the tiny tokenizer

@@ -12,6 +12,7 @@ import torch
 from pipeline import records, store
 from pipeline.packing import Example, Strand
 from pipeline.records import Member, PairExample, Segment, Span, TrainingSequence
+from pipeline.rows import group_row, pair_row
 from pipeline.tiny import make_tokenizer
 
 # Tensors this small gain nothing from a second thread, and wait long for it on a busy machine.
@@ -112,7 +113,7 @@ def pairs_repo(folder: Path, train: int = 12, test: int = 0, seed: int = 0) -> s
 
 
 def table(rows: list[PairExample]) -> pa.Table:
-    return pa.Table.from_pylist([records.pair_row(row) for row in rows], schema=records.PAIRS)
+    return pa.Table.from_pylist([pair_row(row) for row in rows], schema=records.PAIRS)
 
 
 def groups_repo(folder: Path, train: int = 10, seed: int = 0) -> str:
@@ -120,7 +121,7 @@ def groups_repo(folder: Path, train: int = 10, seed: int = 0) -> str:
     name = str(folder)
     run = store.begin("tokenize_masks", "groups", Made(train, seed), name)
     rows = [
-        records.group_row(records.GroupExample(one.prompt_id, 0, one.chosen.sequence, None, None))
+        group_row(records.GroupExample(one.prompt_id, 0, one.chosen.sequence, None, None))
         for one in pairs(train, seed)
     ]
     run.write(

@@ -26,7 +26,7 @@ class HfEngine:
         self.rounds = rounds
         self.max_batch_tokens = max_batch_tokens
         self.max_rows = max_rows
-        self.max_context: int = model.config.max_position_embeddings
+        self.max_context: int = model.config.get_text_config().max_position_embeddings
 
     async def complete(self, request: Request) -> Completion:
         """Wait for the round in which every live dialogue waits, and return its completion."""

@@ -109,12 +109,12 @@ class VllmServer:
             errors: dict[str, None] = {}
             for line in file:
                 tail.append(line)
-                if found := _ERROR.search(line):
+                if " WARNING " not in line and (found := _ERROR.search(line)):
                     errors[found[0]] = None
         named = "".join(f"  {error}\n" for error in list(errors)[-5:])
-        told = f" It said:\n{named}" if named else ""
+        told = f"It said:\n{named}" if named else ""
         ending = f"The last lines of {self.log}:\n{''.join(tail)}".rstrip()
-        return f"the vLLM server {what}.{told}\n{ending}"
+        return f"the vLLM server {what}. {told}{ending}"
 
 
 def start_server(

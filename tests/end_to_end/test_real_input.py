@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.records import PairExample, Rollout, pair_from_row
+from pipeline.records import PairExample, Rollout
+from pipeline.rows import pair_from_row
 from pipeline.store import open_repo, read_rollouts
 from tests.end_to_end import wired
 from tests.reward_models import write_armorm, write_classifier
@@ -140,7 +141,7 @@ def embedded(models, prompts, tmp_path_factory) -> Path:
         models,
         "fsfairx",
         engine="hf",
-        dataset=prompts["hh"],
+        dataset=prompts["both"],
         environment="fixed_user",
         plan="refuel_uniform",
         num_turns=3,
@@ -177,7 +178,7 @@ def test_dialogues_alternate_and_have_one_bos(iteration, models):
 
     tokenizer = AutoTokenizer.from_pretrained(models["policy"])
     played = rollouts(iteration)
-    assert len({r.prompt_id for r in played}) == (64 if iteration.name.startswith("vllm") else 32)
+    assert len({r.prompt_id for r in played}) == 64
     for rollout in played:
         roles = [message["role"] for message in rollout.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -217,18 +218,16 @@ def test_simulated_questions_are_questions(served):
     assert all(len(r.turns) == r.score_turn + 1 for r in played)
 
 
-def test_hh_user_turns_are_replayed(embedded, prompts):
-    from pipeline.prompts import hh_messages
+def test_the_datasets_user_turns_are_replayed(embedded, prompts):
+    from pipeline.prompts import prompt_of
 
-    rows = [json.loads(line) for line in prompts["hh"].read_text().splitlines()]
-    wanted = {}
-    for row in rows:
-        users = [m["content"] for m in hh_messages(row["chosen"]) if m["role"] == "user"]
-        wanted[users[0], len(users)] = users
-    known = list(wanted.values())
+    rows = [json.loads(line) for line in prompts["both"].read_text().splitlines()]
+    wanted = [prompt_of(row, keep_user_turns=True) for row in rows]
+    users = {p.prompt_id: [p.messages[0]["content"], *p.info.get("user_turns", [])] for p in wanted}
+    assert len(users) == 64
     for rollout in rollouts(embedded):
         said = [m["content"] for m in rollout.messages if m["role"] == "user"]
-        assert any(said == users[: len(said)] for users in known)
+        assert said == users[rollout.prompt_id][: len(said)]
 
 
 def test_engine_logprobs_are_the_trainers(iteration):
@@ -245,7 +244,7 @@ def test_engine_logprobs_are_the_trainers(iteration):
 def test_masks_are_exactly_the_sampled_ids_of_the_forked_turn(iteration):
     by_key = {rollout.key: rollout for rollout in rollouts(iteration)}
     made = pairs(iteration / "pairs")
-    assert len(made) >= 12
+    assert len(made) >= 24
     for pair in made:
         for member in (pair.chosen, pair.reject):
             rollout = by_key[pair.prompt_id, member.sample]
@@ -361,5 +360,5 @@ def test_evaluate_compares_the_two_policies(embedded, models, prompts, tmp_path)
         output_repo=tmp_path / "evaluation",
     )
     turns = open_repo(str(tmp_path / "evaluation")).table().to_pylist()
-    assert turns[0]["prompts"] >= 20
+    assert turns[0]["prompts"] >= 8
     assert all(0 <= row["win_rate"] <= 1 for row in turns if row["prompts"])
