@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,17 @@ def test_help_loads_nothing_heavy(stage: Path) -> None:
     loaded = set(re.findall(r"^import time:.*\|\s+(\w+)$", done.stderr, re.MULTILINE))
     assert {"dataclasses", "tyro"} <= loaded, "-X importtime changed its format"
     assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize("script", STAGES, ids=lambda path: path.stem)
+def test_every_flag_has_a_sentence_of_help(script: Path) -> None:
+    """A field of a config without a docstring under it is a flag that --help doesn't explain."""
+    bare = []
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name in ("Config", "Task", "Refuel"):
+            for item, after in pairwise([*node.body, ast.Pass()]):
+                told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if isinstance(item, ast.AnnAssign) and not told:
+                    bare.append(ast.unparse(item.target))
+    # `task` and `refuel` are the headings of their own flags.
+    assert [name for name in bare if name not in ("task", "refuel")] == []
