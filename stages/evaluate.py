@@ -69,7 +69,7 @@ def main(config: Config) -> None:
 
 
 def _rows(output: store.Run) -> list[dict[str, Any]]:
-    return store.open_repo(str(output.path)).table("train").to_pylist()
+    return output.repo().table("train").to_pylist()
 
 
 def _compare(

@@ -36,9 +36,9 @@ def ranked(folder: Path, rewards: dict[str, list[float]]) -> str:
     return str(folder)
 
 
-def evaluate(*args: object) -> subprocess.CompletedProcess:
+def evaluate(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "stages" / "evaluate.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def test_table_picture_and_verdict(tmp_path):
@@ -46,8 +46,8 @@ def test_table_picture_and_verdict(tmp_path):
     old = ranked(tmp_path / "old", {p: [0.1, 0.2 + 0.001 * n] for n, p in enumerate(prompts)})
     new = ranked(tmp_path / "new", {p: [0.1, 0.4 + 0.001 * n] for n, p in enumerate(prompts)})
     out = tmp_path / "out"
-    args = ["--input_repo", old, new, "--names", "before", "after", "--output_repo", out]
-    done = evaluate(*args, "--require_gain")
+    args = ["--input_repo", old, new, "--names", "before", "after", "--output_repo", "./out"]
+    done = evaluate(*args, "--require_gain", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = store.open_repo(str(out)).table().to_pylist()
     last = rows[-1]
@@ -58,7 +58,7 @@ def test_table_picture_and_verdict(tmp_path):
     assert "0.420±0.004" in done.stdout
     picture = (out / "pictures" / "score_by_turn.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    again = evaluate(*args, "--require_gain")
+    again = evaluate(*args, "--require_gain", cwd=tmp_path)
     assert again.returncode == 0 and "0.420±0.004" in again.stdout
 
 
