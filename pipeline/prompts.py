@@ -129,14 +129,24 @@ def prompt_of(row: Any, keep_user_turns: bool = False) -> Prompt:
     if not (opening_messages[-1]["content"] or "").strip():
         raise NotADialogue("empty_prompt")
     info = {name: row[name] for name in _KEPT if row.get(name) is not None}
-    if isinstance(row.get("info"), str):
-        info |= json.loads(row["info"])
+    info |= _carried(row.get("info"))
     later = [m["content"] for m in rest if m["role"] == "user"]
     if later:
         info["user_turns"] = later
     tools = row.get("tools") if isinstance(row.get("tools"), str) else None
     key = [opening_messages, tools, later if keep_user_turns else []]
     return Prompt(row.get("prompt_id") or _content_id(key), opening_messages, info, tools)
+
+
+def _carried(info: Any) -> dict[str, Any]:
+    """Return the `info` column of a rollouts repo; other datasets may mean something else by it."""
+    if not isinstance(info, str):
+        return {}
+    try:
+        values = json.loads(info)
+    except ValueError:
+        raise NotADialogue("info_is_not_json") from None
+    return values if isinstance(values, dict) else {}
 
 
 def _content_id(content: Any) -> str:
@@ -223,7 +233,7 @@ def _rows(dataset: str, split: str) -> Iterator[Any]:
 
 def _jsonl(path: Path) -> Iterator[Any]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file, jsonlines.Reader(file) as reader:
+    with opener(path, "rb") as file, jsonlines.Reader(file) as reader:
         while True:
             try:
                 yield reader.read(skip_empty=True)

@@ -14,8 +14,6 @@ import pyarrow as pa
 NO_SCORE = -99999.0
 """The reward on disk where a score was asked for and there is none (the seed's convention)."""
 
-STATUSES = ("complete", "ended_early", "failed")
-
 IntArray = npt.NDArray[np.int32]
 MaskArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import store
 from pipeline.config import execution, run
@@ -85,7 +85,7 @@ class Config:
     """GPUs of a started policy server, such as 0,1; all that are visible when empty."""
     user_gpus: str = execution("")
     """GPUs of a started user-model server, such as 2,3; all that are visible when empty."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations: auto (as saved), float32 or bfloat16."""
     device: str = execution("auto")
     """Where the hf engine runs: auto, cpu, cuda or cuda:N."""

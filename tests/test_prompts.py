@@ -80,6 +80,7 @@ def test_hh_parser_keeps_text_that_only_looks_like_a_turn():
         ({"chosen": "no turns here"}, "not_hh_text"),
         ({"messages": [{"role": {}, "content": "x"}]}, "unknown_role"),
         ({"messages": 3}, "no_messages"),
+        ({"prompt": "q", "info": "{"}, "info_is_not_json"),
     ],
 )
 def test_rows_that_are_no_dialogue_have_a_reason(row, reason):
@@ -124,6 +125,14 @@ def test_torn_and_foreign_lines_are_counted(tmp_path):
     prompts = load_prompts(str(path), "train", 0, 0, False)
     assert len(prompts.prompts) == 2
     assert [row["reason"] for row in prompts.dropped] == ["not_an_object"] * 2
+
+
+def test_bytes_that_are_no_text_are_a_row_left_out(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n{"prompt": "b"}\n')
+    prompts = load_prompts(str(path), "train", 0, 0, False)
+    assert [row["row"] for row in prompts.dropped] == [1]
+    assert len(prompts.prompts) == 2
 
 
 def test_nothing_usable_says_what_was_left_out(tmp_path):
