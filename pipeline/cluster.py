@@ -20,9 +20,10 @@ import pyarrow as pa
 import torch
 
 from pipeline import columns, manifest, store
+from pipeline.balance import Budget
 from pipeline.claims import claim_output, describe_job, say
 from pipeline.errors import DataError
-from pipeline.packing import Budget, Example, collate, share
+from pipeline.packing import Example, collate
 from pipeline.records import FLOATS, FloatArray
 from pipeline.repos import WORK, Repo, RepoName, open_folder, parse_repo
 from pipeline.seeds import generator_for
@@ -51,19 +52,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Who computes log-probs: the prepared policy as it is now, and what one pass may hold.
-
-    `share`: whether rows share prefixes.
-    """
+    """Who computes log-probs: the prepared policy as it is now, and what one pass may hold."""
 
     accelerator: Any
     policy: Any
     budget: Budget
-    share: bool = False
-
-    def arranged(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Return the examples in the layout of this scorer."""
-        return [share(example) for example in examples] if self.share else examples
 
 
 @dataclass(frozen=True)
@@ -148,7 +141,7 @@ def drifted(scorer: Scorer, place: Place) -> str | None:
     split = repo.splits()[0]
     kept = columns.pairs(repo.batches(split, [*wanted(), *old_columns()]), OLD)
     order = generator_for(0, repo.content_hash, 0, 0, "drift").permutation(len(kept))
-    sample = scorer.arranged([kept[i] for i in sorted(order[:DRIFT_ROWS])])
+    sample = [kept[i] for i in sorted(order[:DRIFT_ROWS])]
     gaps = [
         np.abs(new[side] - sample[i].strands[side].numbers["old_logprob"])
         for i, new in logprobs(scorer, sample)
@@ -179,7 +172,8 @@ def logprobs(scorer: Scorer, examples: Sequence[Example]) -> Iterator[tuple[int,
     """Yield (index, log-probs by role) for this rank's share of the examples."""
     scorer.policy.eval()
     for indices, counted in my_batches(scorer.accelerator, examples, scorer.budget):
-        batch = collate([examples[i] for i in indices], scorer.accelerator.device, counted)
+        held = [examples[i] for i in indices]
+        batch = collate(held, scorer.budget.layout, scorer.accelerator.device, counted)
         logps_N = scorer.policy(*batch.inputs).cpu().numpy()
         if not counted:
             continue
@@ -205,7 +199,7 @@ def compute(scorer: Scorer, place: Place, pairs: Repo) -> Repo:
         accelerator.wait_for_everyone()
         for split in pairs.splits():
             examples = columns.pairs(pairs.batches(split, wanted()), {})
-            score_split(scorer, run, split, scorer.arranged(examples), done)
+            score_split(scorer, run, split, examples, done)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not run.finished:

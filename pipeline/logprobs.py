@@ -1,6 +1,7 @@
 """Log-probs of the trained ids: the only place in the house where logits become log-probs.
 
-Axes: B rows, T ids of a row, D hidden size, V vocabulary, N trained ids, C of them in a chunk.
+Axes: B rows, T places of a row, D hidden size, V vocabulary, U distinct predictions, C of them in a
+chunk, N trained ids.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.attention import attention_inputs
 from pipeline.errors import DataError
+from pipeline.packing import Branch
 
 CHUNK_ELEMENTS = 2**26
 """Logits in a chunk, at most: 256 MB in float32, and a few times that in flight."""
@@ -58,25 +61,24 @@ class MaskedLogprobs(nn.Module):
     def forward(
         self,
         ids_BT: Tensor,
-        sources_N: Tensor,
-        targets_N: Tensor,
+        sources_U: Tensor,
+        targets_U: Tensor,
+        copies_N: Tensor | None = None,
         positions_BT: Tensor | None = None,
-        sees_B1TT: Tensor | None = None,
+        branches: list[tuple[Branch, ...]] | None = None,
     ) -> Tensor:
-        """Return logps_N, float32.
+        """Return logps_N, float32; without `copies_N` those of the U distinct predictions.
 
-        `sources_N` indexes the flattened [B*T] positions whose hidden state predicts `targets_N`.
-        `sees_B1TT` (bool) None is causal attention, exact for rows padded on the right.
+        `sources_U` indexes the flattened [B*T] places whose hidden state predicts `targets_U`.
+        `branches` None is causal attention, exact for rows padded on the right.
         """
-        attention = sees_B1TT
-        if sees_B1TT is not None and self.config._attn_implementation == "eager":
-            attention = torch.zeros(sees_B1TT.shape, device=ids_BT.device)
-            attention = attention.masked_fill(~sees_B1TT, torch.finfo(attention.dtype).min)
+        seen = attention_inputs(branches, ids_BT, self.config._attn_implementation)
         output = self.model.base_model(
-            input_ids=ids_BT, attention_mask=attention, position_ids=positions_BT, use_cache=False
+            input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **seen
         )
-        hidden_ND = output.last_hidden_state.flatten(0, 1)[sources_N]
-        return chunked_logps(hidden_ND, targets_N, self.chunk, self._head_logps)
+        hidden_UD = output.last_hidden_state.flatten(0, 1)[sources_U]
+        logps_U = chunked_logps(hidden_UD, targets_U, self.chunk, self._head_logps)
+        return logps_U if copies_N is None else logps_U[copies_N]
 
     def _head_logps(self, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
         logits_CV = self.shape_logits(self.model.get_output_embeddings()(hidden_CD))

@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import execution
 from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from pipeline.packing import Example, Layout
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class LoadConfig:
     """Most ids, padding included, in one pass; 0: 4096 on a GPU, 1024 on a CPU (for its cache)."""
     per_device_eval_batch_size: int = execution(64)
     """Most examples in one pass without gradients (evaluation, old log-probs)."""
-    share_prefixes: bool = execution(True)
-    """Compute the ids that the rollouts of a pair share once; checked at the start."""
+    packing: Literal["auto", "flex", "chains", "dense", "none"] = execution("auto")
+    """How rows share prefixes: by FlexAttention, branch by branch, under a dense mask, not at all;
+    auto is flex on a GPU, chains on a CPU. What isn't exact on this model is not used, and said."""
     num_processes: int = execution(0)
     """Refuse to run unless so many processes are active; 0 takes what is there."""
 
@@ -103,7 +107,7 @@ class Prepared:
     policy: Any
     optimizer: Any
     tokenizer: Any
-    share: bool
+    layout: "Layout"
 
     def longest(self, total_length: int) -> int:
         """Return the ids of a row that the config and the model's context both allow."""
@@ -152,22 +156,25 @@ def prepare(config: TrainConfig, temperature: float) -> Prepared:
     optimizer = make_optimizer(policy.parameters(), config)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     strategy.refuse_unsharded(accelerator, policy)
-    return Prepared(accelerator, policy, optimizer, tokenizer, shares(config, accelerator, policy))
+    return Prepared(
+        accelerator, policy, optimizer, tokenizer, layout_of(config, accelerator, policy)
+    )
 
 
-def shares(config: LoadConfig, accelerator: Any, policy: Any) -> bool:
-    """Say whether rows may share prefixes: asked for, and equal to separate rows on this model.
+def layout_of(config: LoadConfig, accelerator: Any, policy: Any) -> "Layout":
+    """Return how examples are arranged: as asked for, where that is exact on this model.
 
     `policy` is the prepared MaskedLogprobs. Call on every rank.
     """
-    from pipeline.probe import why_not_share
+    from pipeline.probe import choose_layout
 
-    if not config.share_prefixes:
-        return False
-    reason = why_not_share(accelerator, policy)
-    if reason is not None:
-        accelerator.print(f"rollouts of a pair don't share their prefix: {reason}")
-    return reason is None
+    wanted: list[Layout] = []
+    if config.packing == "auto":
+        # FlexAttention has no backward pass on a CPU.
+        wanted = ["chains"] if accelerator.device.type == "cpu" else ["flex", "chains"]
+    elif config.packing != "none":
+        wanted = [config.packing]
+    return choose_layout(accelerator, policy, wanted)
 
 
 def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> Any:
@@ -179,14 +186,13 @@ def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> Any:
     return kind(parameters, lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=decay)
 
 
-def usable(examples: Sequence[Any], longest: int, what: str, shared: bool = False) -> list[Any]:
+def usable(examples: Sequence["Example"], longest: int, what: str) -> list["Example"]:
     """Return the examples whose rows have at most `longest` ids; say how many have more.
 
-    `shared` arranges them to share prefixes. Raises DataError where nothing trains in an example,
-    or where no example is left.
+    Raises DataError where nothing trains in an example, or where no example is left.
     """
     from pipeline.claims import say
-    from pipeline.packing import share, widths
+    from pipeline.packing import longest_context
 
     idle = [e.prompt_id for e in examples if not all(s.mask.any() for s in e.strands.values())]
     if idle:
@@ -194,9 +200,9 @@ def usable(examples: Sequence[Any], longest: int, what: str, shared: bool = Fals
             f"no id trains in {len(idle)} of {len(examples)} {what}s, the first of them of prompt "
             f"{idle[0]}: make the masks again with stages/tokenize_masks.py"
         )
-    kept = [e for e, (_, width) in zip(examples, widths(examples), strict=True) if width <= longest]
+    kept = [example for example in examples if longest_context(example) <= longest]
     if len(kept) < len(examples):
         say(f"{len(examples) - len(kept)} of {len(examples)} {what}s are longer than {longest} ids")
     if not kept:
         raise DataError(f"no {what} is left: all {len(examples)} are longer than {longest} ids")
-    return [share(example) for example in kept] if shared else kept
+    return kept

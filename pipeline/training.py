@@ -4,16 +4,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.balance import Budget, plan_micro_batches, sizes_of
 from pipeline.errors import DataError
 from pipeline.losses import Loss
-from pipeline.packing import Budget, Example, MicroBatch, collate, plan_micro_batches, widths
+from pipeline.packing import Example, MicroBatch, collate
 from pipeline.schedule import lr_at, plan_updates
 from pipeline.tracking import Metrics
 
@@ -107,7 +108,8 @@ def train_step(trainer: Trainer, examples: Sequence[Example]) -> dict[str, float
     batches = list(my_batches(accelerator, examples, trainer.budget))
     sums = Sums(accelerator)
     for k, (indices, counted) in enumerate(batches):
-        batch = collate([examples[i] for i in indices], accelerator.device, counted)
+        held = [examples[i] for i in indices]
+        batch = collate(held, trainer.budget.layout, accelerator.device, counted)
         with gradients_sync(accelerator, trainer.policy, last=k == len(batches) - 1):
             loss = forward(trainer, batch)
             # Every strategy averages gradients over ranks: times world makes the average a sum.
@@ -155,10 +157,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the loss and its metrics over all examples, each counted once."""
     trainer.policy.eval()
-    budget = Budget(trainer.budget.tokens, max_examples)
+    budget = replace(trainer.budget, examples=max_examples)
     sums = Sums(trainer.accelerator)
     for indices, counted in my_batches(trainer.accelerator, examples, budget):
-        batch = collate([examples[i] for i in indices], trainer.accelerator.device, counted)
+        held = [examples[i] for i in indices]
+        batch = collate(held, budget.layout, trainer.accelerator.device, counted)
         sums.add(forward(trainer, batch), batch)
     metrics = sums.reduced()
     return {k: v for k, v in metrics.items() if k not in ("weight", "tokens")}
@@ -168,7 +171,7 @@ def my_batches(
     accelerator: Any, examples: Sequence[Example], budget: Budget
 ) -> Iterator[tuple[list[int], bool]]:
     """Yield this rank's micro-batches of indices; a filler is the smallest example, not counted."""
-    sizes = widths(examples)
+    sizes = sizes_of(examples, budget.layout)
     smallest = min(range(len(sizes)), key=lambda i: sizes[i][1])
     plan = plan_micro_batches(sizes, budget, accelerator.num_processes)
     for indices in plan[accelerator.process_index]:

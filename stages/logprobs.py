@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline import store
 from pipeline.config import execution, run
 from pipeline.errors import DataError
-from pipeline.start import LoadConfig, load, shares
+from pipeline.start import LoadConfig, layout_of, load
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     pairs = store.open_repo(config.query_dataset)
     fingerprint = store.fingerprint_model(config.base_model)
     from pipeline import cluster
-    from pipeline.packing import Budget
+    from pipeline.balance import Budget
     from pipeline.strategy import start, stop
 
     pairs.require(cluster.wanted())
@@ -52,10 +52,10 @@ def main(config: Config) -> None:
     place = cluster.cluster_place(
         config.query_dataset, config.cluster, pairs, key, (config.base_model, fingerprint)
     )
-    budget = Budget(config.tokens(accelerator), config.per_device_eval_batch_size)
     policy = accelerator.prepare(policy)
-    share = shares(config, accelerator, policy)
-    scorer = cluster.Scorer(accelerator, policy, budget, share)
+    layout = layout_of(config, accelerator, policy)
+    budget = Budget(config.tokens(accelerator), config.per_device_eval_batch_size, layout)
+    scorer = cluster.Scorer(accelerator, policy, budget)
     repo = cluster.old_logprobs(scorer, place, pairs)
     accelerator.print(f"old log-probs of {config.query_dataset} are in {repo.name}")
     stop(accelerator)

@@ -83,8 +83,8 @@ def main(config: Config) -> None:
     if output.finished:
         return
     from pipeline import cluster, columns
+    from pipeline.balance import Budget
     from pipeline.models import finish_policy
-    from pipeline.packing import Budget
     from pipeline.training import Trainer, fit
 
     pairs.require([*cluster.wanted(), "chosen_reward", "reject_reward"])
@@ -93,9 +93,7 @@ def main(config: Config) -> None:
     names = [*cluster.wanted(), *cluster.old_columns(), "chosen_reward", "reject_reward"]
     longest = ready.longest(config.task.total_length)
     splits = {
-        split: usable(
-            columns.pairs(kept.batches(split, names), cluster.OLD), longest, "pair", ready.share
-        )
+        split: usable(columns.pairs(kept.batches(split, names), cluster.OLD), longest, "pair")
         for split in kept.splits()
     }
     trainer = Trainer(
@@ -104,7 +102,7 @@ def main(config: Config) -> None:
         ready.optimizer,
         lambda logps_N, batch: pair_loss(logps_N, batch, config.refuel.eta),
         lambda example: 1.0,
-        Budget(config.tokens(ready.accelerator)),
+        Budget(config.tokens(ready.accelerator), layout=ready.layout),
         config.max_grad_norm,
     )
     last = fit(trainer, splits, config, config.total_episodes, ready.batch_size(config), output)
@@ -116,7 +114,7 @@ def old_logprobs(
 ) -> store.Repo:
     """Return the pairs with the log-probs that the policy gives before its first update."""
     from pipeline import cluster
-    from pipeline.packing import Budget
+    from pipeline.balance import Budget
 
     key = cluster.key_of(
         ready.tokenizer, config.task.temperature, config.precision, config.attn_implementation
@@ -127,9 +125,10 @@ def old_logprobs(
         if config.task.cluster
         else cluster.scratch_place(output.work, pairs, key, model)
     )
-    budget = Budget(config.tokens(ready.accelerator), config.per_device_eval_batch_size)
+    tokens = config.tokens(ready.accelerator)
+    budget = Budget(tokens, config.per_device_eval_batch_size, ready.layout)
     return cluster.old_logprobs(
-        cluster.Scorer(ready.accelerator, ready.policy, budget, ready.share), place, pairs
+        cluster.Scorer(ready.accelerator, ready.policy, budget), place, pairs
     )
 
 

@@ -63,8 +63,8 @@ def main(config: Config) -> None:
     if output.finished:
         return
     from pipeline import columns
+    from pipeline.balance import Budget
     from pipeline.models import finish_policy
-    from pipeline.packing import Budget
     from pipeline.training import Trainer, fit
 
     rollouts.require(COLUMNS)
@@ -80,7 +80,7 @@ def main(config: Config) -> None:
         ready.optimizer,
         nll,
         lambda example: example.trained,
-        Budget(config.tokens(ready.accelerator)),
+        Budget(config.tokens(ready.accelerator), layout=ready.layout),
         config.max_grad_norm,
     )
     total = config.total_episodes or round(config.num_epochs * len(splits["train"]))

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from pipeline import cluster, store
+from pipeline.balance import Budget
 from pipeline.errors import DataError
 from pipeline.logprobs import MaskedLogprobs
-from pipeline.packing import Budget
 from tests import trainables
 
 

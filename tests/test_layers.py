@@ -22,6 +22,8 @@ MODULES = {
 # Pure functions and records: nothing outside, so that a test of them needs no machine and no file.
 GROUND = {
     "advantages",
+    "attention",
+    "balance",
     "columns",
     "comparison",
     "errors",

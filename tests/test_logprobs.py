@@ -26,8 +26,7 @@ def reference(model: torch.nn.Module, strand: object, temperature: float) -> tor
 
 
 def ours(policy: MaskedLogprobs, examples: list) -> torch.Tensor:
-    batch = collate(examples, CPU)
-    return policy(batch.ids_BT, batch.sources_N, batch.targets_N)
+    return policy(*collate(examples, "apart", CPU).inputs)
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from pipeline.balance import Budget
 from pipeline.errors import DataError
 from pipeline.logprobs import MaskedLogprobs
 from pipeline.losses import token_nll
-from pipeline.packing import Budget, Example
+from pipeline.packing import Example
 from pipeline.training import Trainer, evaluate, train_steps
 from stages.refuel import pair_loss
 from tests import trainables
