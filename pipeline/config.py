@@ -14,6 +14,7 @@ from pipeline.errors import DataError, EngineError
 ConfigT = TypeVar("ConfigT")
 
 _EXECUTION = "execution"
+_DECIDING = "DECIDING"
 
 
 def execution(
@@ -29,8 +30,14 @@ def execution(
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return the fields that decide the output's bytes, as JSON values; nested ones followed."""
-    values: dict[str, Any] = {}
+    """Return the fields that decide the output's bytes, as JSON values; nested ones followed.
+
+    DECIDING names properties of a config that stand for execution fields: what a setting or the
+    launcher resolves to, where the setting alone doesn't say.
+    """
+    values: dict[str, Any] = {
+        name: getattr(config, name) for name in getattr(config, _DECIDING, ())
+    }
     for field in dataclasses.fields(config):
         if field.metadata.get(_EXECUTION):
             continue

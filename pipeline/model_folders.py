@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from pipeline.claims import Claim, claim_output, describe_job, rank
 from pipeline.fingerprints import fingerprint_model
 from pipeline.manifest import MANIFEST
 from pipeline.repos import Repo
+
+RESUME = "resume"
+"""Folder of a checkpoint with what the next update needs, besides the model."""
+_NAME = re.compile(r"update-\d{6,}")
+_LEFTOVER = re.compile(_NAME.pattern + r"\.(building|removing)")
 
 
 @dataclass
@@ -42,6 +48,17 @@ class ModelRun:
         """The ISO day of the first start; resuming keeps it."""
         return self.claim.date
 
+    def checkpoint(self, update: int) -> Path:
+        """Name the checkpoint of an update."""
+        folder = self.path.with_name(self.path.name + ".checkpoints")
+        return folder / f"update-{update:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints that are there, sound or not, the newest first."""
+        named = [p for p in self.checkpoint(0).parent.glob("update-*") if _NAME.fullmatch(p.name)]
+        ours = [p for p in named if (p / MANIFEST).exists() or (p / RESUME).exists()]
+        return sorted(ours, key=_update_of, reverse=True)
+
     def finish(
         self,
         save: Callable[[Path], None],
@@ -54,35 +71,84 @@ class ModelRun:
     ) -> Path:
         """Let `save` fill a folder, add metrics.jsonl, card and manifest, and move it into place.
 
-        Rank 0 alone calls this. `metrics`: the last values, for the card and the manifest.
+        Rank 0 alone calls this. `metrics`: the last values, for the card and the manifest. What
+        checkpoints hold for resuming is removed; their model folders stay.
         """
         assert not self.finished, "a finished model isn't written again"
         assert rank() == 0, "only rank 0 writes"
         building = self._fresh_folder()
+        facts = {"counts": counts or {}, "metrics": metrics or {}, "extra": extra or {}}
+        self.fill(building, save, facts, pictures, card)
+        os.replace(building, self.path)
+        manifests.sync_folder(self.path.parent)
+        self.claim.finished = True
+        self.end_resuming()
+        self.claim.release()
+        return self.path
+
+    def fill(
+        self,
+        building: Path,
+        save: Callable[[Path], None],
+        facts: Mapping[str, Any],
+        pictures: Mapping[str, bytes] | None = None,
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Let `save` fill a folder, add metrics.jsonl, card and manifest, and sync all of it.
+
+        `facts` enter the manifest: counts, metrics, extra values, another name.
+        """
         save(building)
         if (self.work / "metrics.jsonl").exists():
             shutil.copyfile(self.work / "metrics.jsonl", building / "metrics.jsonl")
-        # peft writes a README.md of its own; ours takes its place, and people may edit it.
-        files = [p for p in sorted(building.rglob("*")) if p.is_file() and p.name != "README.md"]
-        entries = [manifests.describe_file(building, path) for path in files]
-        for path in files:
+        entries = [manifests.describe_file(building, path) for path in model_files(building)]
+        for path in model_files(building):
             manifests.sync_file(path)
+        nothing: dict[str, Any] = {"counts": {}, "metrics": {}, "extra": {}}
         values = self.claim.manifest(
             seed=self.claim.job.identity["seed"],
-            counts=manifests.as_json(counts or {}),
-            metrics=manifests.as_json(metrics or {}),
-            extra=manifests.redact(manifests.as_json(extra or {})),
+            **manifests.redact(manifests.as_json({**nothing, **facts})),
             fingerprint=fingerprint_model(str(building)),
             content_hash=manifests.content_hash(entries),
             files=entries,
         )
         cards.write(building, values, pictures or {}, card or {})
         manifests.write_atomically(building / MANIFEST, manifests.dump(values))
-        os.replace(building, self.path)
-        manifests.sync_folder(self.path.parent)
-        self.claim.finished = True
-        self.claim.release()
-        return self.path
+
+    def begin_checkpoint(self, update: int) -> Path:
+        """Return an empty folder for a checkpoint; rank 0 alone calls this, the others wait."""
+        building = building_of(self.checkpoint(update))
+        shutil.rmtree(building, ignore_errors=True)
+        (building / RESUME).mkdir(parents=True)
+        return building
+
+    def place_checkpoint(self, update: int, keep: int) -> None:
+        """Move what was built into place, then remove all but the `keep` newest checkpoints."""
+        placed = self.checkpoint(update)
+        # Of a future that this run no longer has: damaged ones, which it didn't go on from.
+        remove_whole([p for p in self.checkpoints() if _update_of(p) >= update])
+        manifests.sync_folder(building_of(placed))
+        os.replace(building_of(placed), placed)
+        manifests.sync_folder(placed.parent)
+        remove_whole(self.checkpoints()[keep:])
+
+    def clear_leftovers(self) -> None:
+        """Remove what a killed run left half built or half removed."""
+        for leftover in self.checkpoint(0).parent.glob("update-*"):
+            if _LEFTOVER.fullmatch(leftover.name):
+                shutil.rmtree(leftover)
+
+    def discard_checkpoints(self) -> None:
+        """Remove every checkpoint of this output, and nothing else."""
+        remove_whole(self.checkpoints())
+        if (folder := self.checkpoint(0).parent).is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def end_resuming(self) -> None:
+        """Remove what the checkpoints of a finished run hold for resuming."""
+        self.clear_leftovers()
+        for folder in self.checkpoints():
+            shutil.rmtree(folder / RESUME, ignore_errors=True)
 
     def _fresh_folder(self) -> Path:
         for stale in self.path.parent.glob(f"{glob.escape(self.path.name)}.tmp-*"):
@@ -90,6 +156,30 @@ class ModelRun:
         building = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         building.mkdir(parents=True)
         return building
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that its manifest lists."""
+    # peft writes a README.md of its own; ours takes its place, and people may edit it.
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "README.md"]
+    return [p for p in found if RESUME not in p.relative_to(folder).parts]
+
+
+def building_of(placed: Path) -> Path:
+    """Name the folder in which a checkpoint is built: the same on all ranks."""
+    return placed.with_name(placed.name + ".building")
+
+
+def remove_whole(folders: Sequence[Path]) -> None:
+    """Remove checkpoints so that a kill leaves none of them half there under its name."""
+    for folder in folders:
+        removing = folder.with_name(folder.name + ".removing")
+        os.replace(folder, removing)
+        shutil.rmtree(removing)
+
+
+def _update_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("update-"))
 
 
 def begin_model(
@@ -105,4 +195,7 @@ def begin_model(
     path = Path(output_dir).expanduser()
     path = path if path.name else path.resolve()
     job = describe_job(stage, "model", output_dir, config, inputs, models or {}, seed)
-    return ModelRun(claim_output(job, path, path.with_name(path.name + ".work"), "--output_dir"))
+    run = ModelRun(claim_output(job, path, path.with_name(path.name + ".work"), "--output_dir"))
+    if run.finished and rank() == 0:
+        run.end_resuming()  # a kill between the manifest and the clean-up leaves them
+    return run

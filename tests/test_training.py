@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState
 from pipeline.balance import Budget
 from pipeline.errors import DataError
 from pipeline.logprobs import MaskedLogprobs
-from pipeline.losses import token_nll
+from pipeline.losses import refuel, token_nll
 from pipeline.packing import Example
+from pipeline.preferences import differences
 from pipeline.training import Trainer, evaluate, train_steps
-from stages.refuel import pair_loss
 from tests import trainables
 
 ETA = 2.0
@@ -37,7 +37,7 @@ def trainer(tokens: int = 4096, max_grad_norm: float = 0.0, eta: float = ETA) ->
         accelerator,
         policy,
         optimizer,
-        lambda logps_N, batch: pair_loss(logps_N, batch, eta),
+        lambda logps_N, batch: refuel(*differences(logps_N, batch, "old_logprob"), eta),
         lambda example: 1.0,
         Budget(tokens),
         max_grad_norm,
@@ -50,7 +50,7 @@ def weights(made: Trainer) -> torch.Tensor:
 
 def with_old(examples: list[Example], made: Trainer) -> list[Example]:
     """Give examples the log-probs that the policy has now."""
-    from pipeline.cluster import Scorer, logprobs
+    from pipeline.logprob_rows import Scorer, logprobs
 
     found = dict(logprobs(Scorer(made.accelerator, made.policy, made.budget), examples))
     return [
