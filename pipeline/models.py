@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from pipeline.adapters import merged
 from pipeline.errors import DataError
 from pipeline.strategy import stop
 
@@ -60,7 +61,7 @@ def without_dropout(config: Any) -> Any:
 
 
 def gather_weights(accelerator: Any, policy: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the weights of a prepared MaskedLogprobs under the model's own names.
+    """Return the weights of a prepared MaskedLogprobs under the model's own names, adapters merged.
 
     Call on every rank: gathering the shards needs them all. Ranks above 0 may get nothing.
     """
@@ -68,8 +69,9 @@ def gather_weights(accelerator: Any, policy: Any, dtype: torch.dtype) -> dict[st
     if not accelerator.is_main_process or state is None:
         return {}
     prefix = "model."  # the wrapper's own attribute
-    weights = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
-    return untied(accelerator.unwrap_model(policy).model, weights)
+    model = accelerator.unwrap_model(policy).model
+    whole = merged(model, {key.removeprefix(prefix): value for key, value in state.items()})
+    return untied(model, {key: value.to(dtype) for key, value in whole.items()})
 
 
 def finish_policy(

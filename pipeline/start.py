@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import execution
@@ -76,10 +77,16 @@ class TrainConfig(LoadConfig):
     """Updates between two evaluations on the test split."""
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, a third more time."""
+    lora_r: int = 0
+    """Rank of LoRA adapters, trained in place of the weights and merged when saved; 0: none."""
+    lora_alpha: int = 16
+    """Scale of the adapters' update: lora_alpha / lora_r x B A. They have no dropout."""
+    lora_target_modules: str = "all-linear"
+    """Layers with adapters: all-linear (all but the head), or their names, comma separated."""
     trackers: Literal["none", "wandb", "tensorboard", "trackio"] = execution("none")
     """Where curves go besides metrics.jsonl."""
     seed: int = 555134
-    """Seed of the order of the examples."""
+    """Seed of the order of the examples, and of the adapters at their start."""
 
     def train_problems(self) -> list[str]:
         """Say what is wrong with the common flags."""
@@ -90,6 +97,15 @@ class TrainConfig(LoadConfig):
         found += at_least(self, 0, "eps", "weight_decay", "max_grad_norm")
         if not 0 <= self.warmup_ratio < 1:
             found.append(f"--warmup_ratio {self.warmup_ratio}: at least 0 and less than 1")
+        return found + self.lora_problems()
+
+    def lora_problems(self) -> list[str]:
+        """Say what is wrong with the flags of LoRA."""
+        found = at_least(self, 0, "lora_r") + at_least(self, 1, "lora_alpha")
+        if self.lora_r and find_spec("peft") is None:
+            found.append("peft is missing. Install it with `pip install 'turnwise[lora]'`")
+        if not all(name.strip() for name in self.lora_target_modules.split(",")):
+            found.append(f"--lora_target_modules {self.lora_target_modules!r}: a name is empty")
         return found
 
 
@@ -151,14 +167,25 @@ def prepare(config: TrainConfig, temperature: float) -> Prepared:
         curves=f"{config.output_dir}.curves",
     )
     policy, tokenizer = load(config, temperature, accelerator)
+    if config.lora_r:
+        adapt(policy.model, config, accelerator)
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(policy.parameters(), config)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    strategy.refuse_unsharded(accelerator, policy)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained, config)
+    policy, optimizer = strategy.distribute(accelerator, policy, optimizer)
     return Prepared(
         accelerator, policy, optimizer, tokenizer, layout_of(config, accelerator, policy)
     )
+
+
+def adapt(model: Any, config: TrainConfig, accelerator: Any) -> None:
+    """Freeze the model and give it the adapters that the flags ask for."""
+    from pipeline.adapters import add_adapters
+
+    rank, targets = config.lora_r, config.lora_target_modules
+    count = add_adapters(model, rank, config.lora_alpha, targets, config.seed)
+    accelerator.print(f"LoRA: adapters of rank {rank} on {count} layers train, the rest is frozen")
 
 
 def layout_of(config: LoadConfig, accelerator: Any, policy: Any) -> "Layout":
@@ -178,7 +205,7 @@ def layout_of(config: LoadConfig, accelerator: Any, policy: Any) -> "Layout":
 
 
 def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> Any:
-    """Return Adam or AdamW over every parameter; train_steps sets the learning rate."""
+    """Return Adam or AdamW over the parameters; train_steps sets the learning rate."""
     import torch
 
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
