@@ -16,8 +16,13 @@ from pipeline.attention import attention_inputs
 from pipeline.errors import DataError
 from pipeline.packing import Branch
 
-CHUNK_ELEMENTS = 2**26
-"""Logits in a chunk, at most: 256 MB in float32, and a few times that in flight."""
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+"""Logits in a chunk, at most: in float32 32 MB or 256 MB, and a few times that in flight.
+
+On a CPU larger chunks are slower: each pass over them goes through memory, not the cache.
+"""
+KEPT_ELEMENTS = 2**26
+"""Logits of a forward pass, at most, that are kept for its backward pass: 256 MB in float32."""
 
 
 def chosen_logps(logits_CV: Tensor, targets_C: Tensor, temperature: float) -> Tensor:
@@ -26,18 +31,20 @@ def chosen_logps(logits_CV: Tensor, targets_C: Tensor, temperature: float) -> Te
 
 
 def chunked_logps(
-    hidden_ND: Tensor,
-    targets_N: Tensor,
+    hidden_UD: Tensor,
+    targets_U: Tensor,
     chunk: int,
+    kept: int,
     logps_of: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Apply `logps_of` to chunks of positions, under recomputation, and join the results.
+    """Apply `logps_of` to chunks of predictions and join the results.
 
-    A single chunk is not recomputed: its logits would be at the same memory peak again.
+    With more than `kept` predictions the chunks are recomputed in the backward pass, so that one of
+    them at a time is in memory; it costs a quarter more than keeping their logits.
     """
-    if len(targets_N) <= chunk:
-        return logps_of(hidden_ND, targets_N)
-    parts = zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
+    parts = zip(hidden_UD.split(chunk), targets_U.split(chunk), strict=True)
+    if len(targets_U) <= kept:
+        return torch.cat([logps_of(h, t) for h, t in parts])
     return torch.cat([checkpoint(logps_of, h, t, use_reentrant=False) for h, t in parts])
 
 
@@ -48,14 +55,22 @@ class MaskedLogprobs(nn.Module):
     and FSDP gather the head's weight where it is used.
     """
 
-    def __init__(self, model: Any, temperature: float, chunk: int | None = None) -> None:
-        """Wrap `model`, a transformers `*ForCausalLM`; `chunk` bounds the positions at the head."""
+    def __init__(
+        self, model: Any, temperature: float, chunk: int = 0, kept: int | None = None
+    ) -> None:
+        """Wrap `model`, a transformers `*ForCausalLM`.
+
+        `chunk`: predictions at the head at once; 0 goes by the device. `kept`: how many a pass may
+        have before its chunks are recomputed; None goes by the vocabulary.
+        """
         super().__init__()
         self.model = model
         self.config = model.config  # accelerate sizes DeepSpeed's buckets by it
         self.temperature = temperature
         text_config = model.config.get_text_config()
-        self.chunk = chunk or max(1, CHUNK_ELEMENTS // text_config.vocab_size)
+        self.vocabulary = text_config.vocab_size
+        self.chunk = chunk
+        self.kept = KEPT_ELEMENTS // self.vocabulary if kept is None else kept
         self.shape_logits = _logit_shaper(text_config)
 
     def forward(
@@ -77,7 +92,9 @@ class MaskedLogprobs(nn.Module):
             input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **seen
         )
         hidden_UD = output.last_hidden_state.flatten(0, 1)[sources_U]
-        logps_U = chunked_logps(hidden_UD, targets_U, self.chunk, self._head_logps)
+        elements = CHUNK_ELEMENTS["cpu" if ids_BT.device.type == "cpu" else "cuda"]
+        chunk = self.chunk or max(1, elements // self.vocabulary)
+        logps_U = chunked_logps(hidden_UD, targets_U, chunk, self.kept, self._head_logps)
         return logps_U if copies_N is None else logps_U[copies_N]
 
     def _head_logps(self, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
