@@ -1,11 +1,12 @@
-"""The policy's log-probs from before training, kept beside the pairs: `{query_dataset}_{cluster}`.
+"""Log-probs from before training, kept beside their pairs or groups: `{query_dataset}_{cluster}`.
 
-The repo holds the pairs' columns and `chosen_old_logprob`, `reject_old_logprob`: a float32 for each
-masked id. Its key says what the numbers depend on; when anything of it differs they are computed
-anew, the reason is printed, and the finished repo takes the old one's place.
+The repo holds the rows' own columns, `old_logprob` (of the policy) and `ref_logprob` (of the
+reference), whichever was asked for: a float32 for each masked id, under `chosen_old_logprob` and so
+on for pairs. The key of each column says what its numbers depend on. When anything of it differs
+they are computed anew and the reason is printed; a finished repo takes the old one's place.
 """
 
-import base64
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -20,60 +21,95 @@ import pyarrow as pa
 import torch
 
 from pipeline import columns, manifest, store
-from pipeline.balance import Budget
-from pipeline.claims import claim_output, describe_job, say
+from pipeline.claims import Job, claim_output, describe_job, say
+from pipeline.columns import of_side
 from pipeline.errors import DataError
-from pipeline.packing import Example, collate
-from pipeline.records import FLOATS, FloatArray
+from pipeline.journal import read_journal
+from pipeline.logprob_rows import (
+    Column,
+    Scorer,
+    journalled,
+    logprobs,
+    score_split,
+    wanted,
+    with_column,
+)
+from pipeline.packing import Example
 from pipeline.repos import WORK, Repo, RepoName, open_folder, parse_repo
 from pipeline.seeds import generator_for
-from pipeline.training import my_batches
+from pipeline.sources import Source
 
-OLD = {"old_logprob": "old_logprob"}
 DRIFT_GATE = 1.05
 DRIFT_ROWS = 64
-BLOCK = 1024
-"""Examples between two synchronisations of the journal with the disk."""
-
-Logprobs = dict[str, FloatArray]
+MODELS = {"old_logprob": "base_model", "ref_logprob": "ref_model"}
+"""The columns, and the flag that names the model of each."""
+NAMES = {"old_logprob": "old log-probs", "ref_logprob": "reference log-probs"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """What log-probs depend on, besides the pairs and the model's weights."""
+    """What a column of log-probs depends on, besides the rows: a fingerprint, hashes, settings.
 
+    `turns`: which policy turns train, see turns.TURNS.
+    """
+
+    model: str
     tokenizer: str
     template: str
     temperature: float
     dtype: str
     attn_implementation: str
+    turns: str
     versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """Who computes log-probs: the prepared policy as it is now, and what one pass may hold."""
+class Keys:
+    """The keys of a repo's columns, as JSON values: what its manifest calls the config."""
 
-    accelerator: Any
-    policy: Any
-    budget: Budget
+    columns: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where log-probs are kept, and the job that would write them."""
+    """Where the log-probs of a source are kept."""
 
     name: RepoName
-    folder: Path
-    job: Any
+    source: Source
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the repo, on this machine even where its name is a Hub id."""
+        return self.name.folder
 
 
-def key_of(tokenizer: Any, temperature: float, dtype: str, attn_implementation: str) -> Key:
-    """Return the key of log-probs made here and now."""
+@dataclass(frozen=True)
+class Wanted:
+    """A column of log-probs that somebody needs: which one, its key, and its model's name."""
+
+    column: str
+    key: Key
+    model: str
+
+
+def key_of(tokenizer: Any, model: str, turns: str, temperature: float, config: Any) -> Key:
+    """Return the key of log-probs made here and now; `model` is its fingerprint.
+
+    `config` is a LoadConfig, for the dtype and the attention.
+    """
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))
-    hashes = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
-    return Key(hashes[0], hashes[1], temperature, dtype, attn_implementation, versions)
+    encoder, template = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+    return Key(
+        model,
+        encoder,
+        template,
+        temperature,
+        config.precision,
+        config.attn_implementation,
+        turns,
+        versions,
+    )
 
 
 def cluster_repo(query_dataset: str, cluster: str) -> str:
@@ -82,70 +118,119 @@ def cluster_repo(query_dataset: str, cluster: str) -> str:
     return f"{text}_{cluster}"
 
 
-def place_of(name: RepoName, pairs: Repo, key: Key, base_model: str, fingerprint: str) -> Place:
-    """Say where log-probs of these pairs under this key and this model are kept."""
-    models = {"base_model": fingerprint}
-    job = describe_job("logprobs", "logprobs", name.text, key, [pairs], models, None)
-    job.models["base_model"]["name"] = base_model
-    return Place(name, name.folder, job)
+def cluster_place(source: Source, cluster: str) -> Place:
+    """Return the place of a cluster tag."""
+    return Place(parse_repo(cluster_repo(source.repo.name, cluster)), source)
 
 
-def cluster_place(
-    query_dataset: str, cluster: str, pairs: Repo, key: Key, model: tuple[str, str]
-) -> Place:
-    """Return the place of a cluster tag; `model` is (name, fingerprint)."""
-    return place_of(parse_repo(cluster_repo(query_dataset, cluster)), pairs, key, *model)
-
-
-def scratch_place(work: Path, pairs: Repo, key: Key, model: tuple[str, str]) -> Place:
+def scratch_place(source: Source, work: Path) -> Place:
     """Return a place in a stage's work folder: without a cluster tag log-probs aren't kept."""
-    folder = (work / "old_logprobs").absolute()
-    return place_of(RepoName(str(folder), None, folder, None), pairs, key, *model)
+    folder = (work / "logprobs").absolute()
+    return Place(RepoName(str(folder), None, folder, None), source)
 
 
-def old_logprobs(scorer: Scorer, place: Place, pairs: Repo) -> Repo:
-    """Return the pairs with old log-probs: reused where key and drift allow it, computed otherwise.
+def fill(scorer: Scorer, place: Place, asked: Wanted) -> Repo:
+    """Return the rows with a column of log-probs: reused where key and drift allow it, or computed.
 
-    Call on every rank, before the first optimizer step. Raises DataError where the place holds
-    something else; an unreachable Hub is an error, never a cache miss.
+    Other columns of the same rows and turns are kept. Call on every rank, before the first
+    optimizer step. Raises DataError where the place holds something else; an unreachable Hub is an
+    error, never a cache miss.
+    """
+    recover(scorer.accelerator, place)
+    keys, reason = held_keys(place)
+    if asked.column in keys:
+        reason = differs(keys[asked.column], asked.key) or drifted(scorer, place, asked.column)
+        if reason is None:
+            return reused(place, asked)
+    if reason is not None:
+        say(f"{NAMES[asked.column]}: computed anew, because of {reason}")
+    others = {name: key for name, key in keys.items() if name != asked.column}
+    return compute(scorer, place, asked, others)
+
+
+def valid(place: Place, asked: Wanted) -> Repo | None:
+    """Return the rows with a column of log-probs if its key is the one asked for, else None.
+
+    Nothing is recomputed: for where the model can't be loaded.
+    """
+    keys, _ = held_keys(place)
+    if asked.column not in keys or differs(keys[asked.column], asked.key):
+        return None
+    return reused(place, asked)
+
+
+def reused(place: Place, asked: Wanted) -> Repo:
+    """Open the repo of a place and say so."""
+    repo = open_folder(place.name.text, place.folder)
+    say(f"{NAMES[asked.column]}: reused from {place.name.text}")
+    return told(repo)
+
+
+def told(repo: Repo) -> Repo:
+    """Say which rows were left out of a repo of log-probs; return it."""
+    dropped = (repo.manifest or {}).get("dropped") or {}
+    if dropped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        say(f"{sum(dropped.values())} rows are left out ({reasons})")
+    return repo
+
+
+def recover(accelerator: Any, place: Place) -> None:
+    """Move a finished repo into its place where a kill came between the two moves of `replace`."""
+    building = building_of(place)
+    finished = (building / manifest.MANIFEST).exists()
+    if accelerator.is_main_process and finished and not place.folder.exists():
+        os.replace(building, place.folder)
+    accelerator.wait_for_everyone()
+
+
+def building_of(place: Place) -> Path:
+    """Return the folder in which the next repo of a place is made."""
+    return place.folder.with_name(place.folder.name + ".new")
+
+
+def held_keys(place: Place) -> tuple[dict[str, Any], str | None]:
+    """Return the keys of the columns that a place holds for these rows, or why it holds none.
+
+    Raises DataError if what is there is no repo of log-probs.
     """
     held = manifest.read_json(place.folder / manifest.MANIFEST)
-    if held is None and place.folder.exists() and any(place.folder.iterdir()):
-        raise DataError(f"{place.folder} holds something else; choose another --task.cluster")
-    if held is not None:
-        reason = stale(held, place) or drifted(scorer, place)
-        if reason is None:
-            say(f"old log-probs: reused from {place.name.text}")
-            return open_folder(place.name.text, place.folder)
-        say(f"old log-probs: computed anew, because of {reason}")
-    return compute(scorer, place, pairs)
-
-
-def stale(held: Mapping[str, Any], place: Place) -> str | None:
-    """Say what of the key differs, or None. Raises DataError if this isn't a log-prob repo."""
+    if held is None:
+        if place.folder.exists() and any(place.folder.iterdir()):
+            raise DataError(f"{place.folder} holds something else; choose another --task.cluster")
+        return {}, None
     if held.get("kind") != "logprobs":
         raise DataError(
             f"{place.folder} is a repo of kind {held.get('kind')!r}, no cache of log-probs: "
             "choose another --task.cluster"
         )
-    differing = manifest.differences(held["identity"], place.job.identity)
-    return None if not differing else "; ".join(differing)
+    identity = held["identity"]
+    if differing := manifest.differences(
+        {"inputs": identity["inputs"]}, {"inputs": [place.source.repo.content_hash]}
+    ):
+        return {}, "; ".join(differing)
+    keys = identity["config"].get("columns", {})
+    turns = {key["turns"] for key in keys.values()} - {place.source.turns}
+    if turns:
+        return {}, f"other turns that train: {', '.join(turns)} -> {place.source.turns}"
+    return keys, None
 
 
-def drifted(scorer: Scorer, place: Place) -> str | None:
+def differs(held: Mapping[str, Any], key: Key) -> str | None:
+    """Say what of a column's key differs, or None."""
+    return "; ".join(manifest.differences(held, dataclasses.asdict(key))) or None
+
+
+def drifted(scorer: Scorer, place: Place, column: str) -> str | None:
     """Recompute a sample of rows; say how far they drifted when that is past the gate.
 
     The gate is mean over masked ids of exp|Δlogp| <= 1.05.
     """
-    repo = open_folder(place.name.text, place.folder)
-    split = repo.splits()[0]
-    kept = columns.pairs(repo.batches(split, [*wanted(), *old_columns()]), OLD)
-    order = generator_for(0, repo.content_hash, 0, 0, "drift").permutation(len(kept))
-    sample = [kept[i] for i in sorted(order[:DRIFT_ROWS])]
+    sample = sampled(open_folder(place.name.text, place.folder), place.source.sides, column)
     gaps = [
-        np.abs(new[side] - sample[i].strands[side].numbers["old_logprob"])
+        np.abs(new[role] - sample[i].strands[role].numbers[column])
         for i, new in logprobs(scorer, sample)
-        for side in new
+        for role in new
     ]
     total = np.array([sum(np.exp(g).sum() for g in gaps), sum(map(len, gaps))], dtype=np.float64)
     summed = scorer.accelerator.reduce(
@@ -157,66 +242,108 @@ def drifted(scorer: Scorer, place: Place) -> str | None:
     return f"a drift of {mean:.3f} (mean exp|Δlogp| of {len(sample)} rows; the gate is 1.05)"
 
 
-def wanted() -> list[str]:
-    """Name the columns of pairs that log-probs and training read."""
-    return ["prompt_id", *columns.side_columns(columns.PAIR_SIDES)]
+def sampled(repo: Repo, sides: Sequence[str], column: str) -> list[Example]:
+    """Return examples of some rows of the first split, the same for everyone, in flat memory."""
+    split, first, found = repo.splits()[0], 0, list[Example]()
+    order = generator_for(0, repo.content_hash, 0, 0, "drift").permutation(repo.num_rows(split))
+    chosen = np.sort(order[:DRIFT_ROWS])
+    for batch in repo.batches(split, [*wanted(sides), *(of_side(s, column) for s in sides)]):
+        here = chosen[(chosen >= first) & (chosen < first + batch.num_rows)] - first
+        found += columns.examples(batch.take(pa.array(here)), sides, {column: column})
+        first += batch.num_rows
+    return found
 
 
-def old_columns() -> list[str]:
-    """Name the columns that this module adds."""
-    return [f"{side}_{column}" for side in columns.PAIR_SIDES for column in OLD.values()]
-
-
-@torch.no_grad()
-def logprobs(scorer: Scorer, examples: Sequence[Example]) -> Iterator[tuple[int, Logprobs]]:
-    """Yield (index, log-probs by role) for this rank's share of the examples."""
-    scorer.policy.eval()
-    for indices, counted in my_batches(scorer.accelerator, examples, scorer.budget):
-        held = [examples[i] for i in indices]
-        batch = collate(held, scorer.budget.layout, scorer.accelerator.device, counted)
-        logps_N = scorer.policy(*batch.inputs).cpu().numpy()
-        if not counted:
-            continue
-        sizes = [int(s.mask.sum()) for i in indices for s in examples[i].strands.values()]
-        parts = iter(np.split(logps_N, np.cumsum(sizes)[:-1]))
-        for i in indices:
-            yield i, {role: next(parts) for role in examples[i].strands}
-
-
-def compute(scorer: Scorer, place: Place, pairs: Repo) -> Repo:
-    """Compute log-probs sharded over ranks, resumable, and put the finished repo in its place."""
-    building = place.folder.with_name(place.folder.name + ".new")
-    accelerator = scorer.accelerator
+def compute(scorer: Scorer, place: Place, asked: Wanted, others: Mapping[str, Any]) -> Repo:
+    """Compute a column sharded over ranks, resumable, and put the finished repo in its place."""
+    building, accelerator = building_of(place), scorer.accelerator
+    job = describe(place, asked, others)
     if accelerator.is_main_process:
-        discard_other(building, place)
+        discard_other(building, job)
     accelerator.wait_for_everyone()
     name = RepoName(place.name.text, None, building, None)
-    claim = claim_output(place.job, building, building / WORK, "--task.cluster")
-    run = store.Run(name, claim)
+    run = store.Run(name, claim_output(job, building, building / WORK, "--task.cluster"))
+    held = open_folder(place.name.text, place.folder) if others else None
+    column = Column(asked.column, held or place.source, place.source.sides)
     if not run.finished:
-        done = journalled(run)
+        done = journalled(run, column)
         # No rank may append before all have read, or they would plan different rests.
         accelerator.wait_for_everyone()
-        for split in pairs.splits():
-            examples = columns.pairs(pairs.batches(split, wanted()), {})
-            score_split(scorer, run, split, examples, done)
+        for split in place.source.splits():
+            score_split(scorer, run, column, split, done)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not run.finished:
-            found = journalled(run)
-            splits = {split: with_logprobs(pairs, split, found) for split in pairs.splits()}
-            run.write(splits, counts={"rows_in": sum(map(pairs.num_rows, pairs.splits()))})
+            write(run, column, held, place.source)
         replace(building, place.folder)
     accelerator.wait_for_everyone()
-    return open_folder(place.name.text, place.folder)
+    return told(open_folder(place.name.text, place.folder))
 
 
-def discard_other(building: Path, place: Place) -> None:
-    """Remove a half-made cache of another key: nothing can finish it."""
+def describe(place: Place, asked: Wanted, others: Mapping[str, Any]) -> Job:
+    """Say what a repo will hold: a new column, and those that are kept."""
+    keys = Keys({**others, asked.column: dataclasses.asdict(asked.key)})
+    job = describe_job("logprobs", "logprobs", place.name.text, keys, [place.source.repo], {}, None)
+    held = manifest.read_json(place.folder / manifest.MANIFEST) or {}
+    for name in others:
+        job.models[MODELS[name]] = held["models"][MODELS[name]]
+    job.models[MODELS[asked.column]] = {"name": asked.model, "fingerprint": asked.key.model}
+    return job
+
+
+def write(run: store.Run, column: Column, held: Repo | None, source: Source) -> None:
+    """Write the repo: the rows of the one that is there, with its columns, or of the source."""
+    found = journalled(run, column)
+    dropped: list[dict[str, Any]] = []
+
+    def rows(split: str) -> Iterator[pa.RecordBatch]:
+        if held is not None:
+            return held.batches(split)
+        return without_logprobs(source, split, dropped)
+
+    if held is not None and (held.path / "dropped.jsonl").exists():
+        dropped += read_journal(held.path / "dropped.jsonl")
+    splits = source.splits()
+    run.write(
+        {split: with_column(rows(split), column, split, found) for split in splits},
+        dropped=dropped,
+        counts={"rows_in": sum(map(source.num_rows, splits))},
+    )
+
+
+def without_logprobs(
+    source: Source, split: str, dropped: list[dict[str, Any]]
+) -> Iterator[pa.RecordBatch]:
+    """Stream a source without the log-probs that it may hold already: their key isn't ours."""
+    known = {of_side(side, column) for side in source.sides for column in MODELS}
+    for batch in source.batches(split, dropped=dropped):
+        yield batch.select([name for name in batch.schema.names if name not in known])
+
+
+def discard_other(building: Path, job: Job) -> None:
+    """Remove a half-made repo of other keys: nothing can finish it."""
     state = manifest.read_json(building / WORK / "run.json")
     state = state or manifest.read_json(building / manifest.MANIFEST)
-    if state is not None and state["config_hash"] != place.job.config_hash:
-        shutil.rmtree(building)
+    if state is None or state["config_hash"] == job.config_hash:
+        return
+    if (building / WORK).exists():
+        refuse_live(building / WORK, job)
+    shutil.rmtree(building)
+
+
+def refuse_live(work: Path, job: Job) -> None:
+    """Raise DataError where another process is writing there right now."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(work / "lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(
+            f"another process is writing {job.name} with other keys right now; wait for it, or "
+            "choose another --task.cluster"
+        ) from error
+    lock.release(force=True)
 
 
 def replace(building: Path, folder: Path) -> None:
@@ -227,59 +354,3 @@ def replace(building: Path, folder: Path) -> None:
         os.replace(folder, stale_folder)
     os.replace(building, folder)
     shutil.rmtree(stale_folder, ignore_errors=True)
-
-
-def score_split(
-    scorer: Scorer,
-    run: store.Run,
-    split: str,
-    examples: Sequence[Example],
-    done: Mapping[tuple[str, int], Logprobs],
-) -> None:
-    """Journal the log-probs of the rows that no earlier run has done."""
-    from tqdm import tqdm
-
-    accelerator = scorer.accelerator
-    rest = [i for i in range(len(examples)) if (split, i) not in done]
-    journal = run.journal(f"journal-{accelerator.process_index:05d}")
-    off = not accelerator.is_main_process
-    with tqdm(total=len(rest), desc=f"old log-probs ({split})", unit="pair", disable=off) as bar:
-        for block in (rest[i : i + BLOCK] for i in range(0, len(rest), BLOCK)):
-            for k, found in logprobs(scorer, [examples[i] for i in block]):
-                journal.append({"split": split, "row": block[k]} | encoded(found))
-            journal.sync()
-            bar.update(len(block))
-    journal.close()
-
-
-def encoded(found: Logprobs) -> dict[str, str]:
-    """Write float32 values as base64 of their little-endian bytes: exact, and short."""
-    return {
-        role: base64.b64encode(values.astype("<f4").tobytes()).decode()
-        for role, values in found.items()
-    }
-
-
-def journalled(run: store.Run) -> dict[tuple[str, int], Logprobs]:
-    """Read what all ranks have journalled."""
-    return {
-        (record.pop("split"), record.pop("row")): {
-            role: np.frombuffer(base64.b64decode(text), dtype="<f4")
-            for role, text in record.items()
-        }
-        for record in run.journals()
-    }
-
-
-def with_logprobs(
-    pairs: Repo, split: str, found: Mapping[tuple[str, int], Logprobs]
-) -> Iterator[pa.RecordBatch]:
-    """Yield the pairs of a split with their old log-probs."""
-    row = 0
-    for batch in pairs.batches(split):
-        rows = range(row, row + batch.num_rows)
-        for side in columns.PAIR_SIDES:
-            values = pa.array([found[split, i][side] for i in rows], type=FLOATS)
-            batch = batch.append_column(f"{side}_old_logprob", values)
-        row += batch.num_rows
-        yield batch

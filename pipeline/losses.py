@@ -8,6 +8,7 @@ optimizer step, so that the loss doesn't depend on micro-batches or on the numbe
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,14 +49,53 @@ def refuel(
     reward_gap_E = reward_chosen_E.double() - reward_reject_E.double()
     delta_gap_E = delta_chosen_E.double() - delta_reject_E.double()
     loss_E = (delta_gap_E - eta * reward_gap_E).square()
+    metrics = pair_metrics(delta_chosen_E, delta_reject_E, reward_gap_E)
+    return Loss(loss_E, torch.ones_like(loss_E), metrics)
+
+
+def dpo(
+    delta_chosen_E: Tensor,
+    delta_reject_E: Tensor,
+    reward_chosen_E: Tensor,
+    reward_reject_E: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    reward_margin: bool = False,
+) -> Loss:
+    """Classify which of two rollouts was preferred by their log-ratios, one numerator a pair.
+
+    `loss = −(1 − ε) log σ(x) − ε log σ(−x)`, `x = beta (Δ_chosen − Δ_reject)`, and with
+    `reward_margin` less `(r_chosen − r_reject)`. Δ = new − reference log-prob summed over the
+    trained ids (arXiv 2305.18290; the sum over the policy's ids of several turns is the token-level
+    reading of arXiv 2404.12358). ε is `label_smoothing`: the share of preferences taken to be the
+    wrong way round (conservative DPO, https://ericmitchell.ai/cdpo.pdf). A reward margin makes the
+    policy exceed the reward's lead, in nats, before a pair counts as won.
+
+    By hand: new [-10, -12], reference [-11, -11], rewards [1, 0.5], beta 0.5. Δ = [1, -1], x = 1:
+    the loss is log(1 + e⁻¹) = 0.313262; with ε = 0.1 it is 0.9 · 0.313262 + 0.1 · 1.313262 =
+    0.413262; with a margin x = 1 − 0.5, so it is log(1 + e^-0.5) = 0.474077. Where Δ = 0, as at
+    the first update of a policy that is its own reference, it is log 2 without a margin.
+    """
+    reward_gap_E = reward_chosen_E.double() - reward_reject_E.double()
+    x_E = beta * (delta_chosen_E.double() - delta_reject_E.double())
+    if reward_margin:
+        x_E = x_E - reward_gap_E
+    loss_E = -(1 - label_smoothing) * F.logsigmoid(x_E) - label_smoothing * F.logsigmoid(-x_E)
+    metrics = pair_metrics(delta_chosen_E, delta_reject_E, reward_gap_E)
+    return Loss(loss_E, torch.ones_like(loss_E), metrics)
+
+
+def pair_metrics(
+    delta_chosen_E: Tensor, delta_reject_E: Tensor, reward_gap_E: Tensor
+) -> dict[str, Tensor]:
+    """Return what every loss of pairs reports; `sign_align`: the chosen log-ratio is the larger."""
     metrics = {
-        "sign_align": (delta_gap_E > 0).double(),
+        "sign_align": (delta_chosen_E.double() > delta_reject_E.double()),
         "delta_chosen": delta_chosen_E,
         "delta_reject": delta_reject_E,
         "reward_gap": reward_gap_E,
     }
-    detached = {name: value_E.detach().double() for name, value_E in metrics.items()}
-    return Loss(loss_E, torch.ones_like(loss_E), detached)
+    return {name: value_E.detach().double() for name, value_E in metrics.items()}
 
 
 def token_nll(logps_N: Tensor, owners_N: Tensor, members: int) -> Loss:

@@ -3,16 +3,20 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline import filters
+from pipeline.columns import PAIR_SIDES, of_side, ragged
 from pipeline.errors import RowError
-from pipeline.examples import common_prefix
+from pipeline.examples import check_pair, common_prefix
 from pipeline.prompts import NotADialogue, hh_messages
 from pipeline.records import (
+    PAIRS,
     IntArray,
     Member,
     Message,
@@ -22,13 +26,50 @@ from pipeline.records import (
     Span,
     TrainingSequence,
 )
-from pipeline.rows import clean_message
+from pipeline.rows import clean_message, pair_row
 
 REFUEL_PAD = 128256
 """The id behind Llama 3's vocabulary that the published REFUEL datasets are padded with."""
 
 REFUEL_COLUMNS = ("chosen_token", "chosen_mask", "chosen_reward")
 TEXT_COLUMNS = ("chosen", "rejected")
+READ = [*PAIR_SIDES, *(of_side(s, n) for s in PAIR_SIDES for n in ("token", "mask", "reward"))]
+_BATCH_ROWS = 256
+
+
+def is_published(columns: Collection[str]) -> bool:
+    """Say whether these are the columns of a published REFUEL dataset: pairs without segments."""
+    return set(READ) <= set(columns) and "chosen_segments" not in columns
+
+
+def our_pairs(
+    batches: Iterable[pa.RecordBatch], dropped: list[dict[str, Any]]
+) -> Iterator[pa.RecordBatch]:
+    """Stream a published REFUEL dataset as pairs of ours (records.PAIRS).
+
+    Rows left out are appended to `dropped`, each with its `reason`. Raises DataError for a row that
+    can't be trained on for no fault that a filter knows.
+    """
+    results = published_pairs(chain.from_iterable(map(_rows, batches)))
+    while some := list(islice(results, _BATCH_ROWS)):
+        dropped += [row for _, left_out in some for row in left_out]
+        pairs = [pair for kept, _ in some for pair in kept]
+        for pair in pairs:
+            check_pair(pair)
+        if pairs:
+            yield pa.RecordBatch.from_pylist([pair_row(pair) for pair in pairs], schema=PAIRS)
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """Yield rows whose ids and masks are views of Arrow's buffers: 2048 of each, mostly padding."""
+    columns = {
+        name: ragged(batch.column(name))
+        if name.endswith(("_token", "_mask"))
+        else batch.column(name).to_pylist()
+        for name in READ
+    }
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def pair_from_published(row: Mapping[str, Any], pad_id: int = REFUEL_PAD) -> PairExample:
@@ -57,12 +98,13 @@ def _unpadded(row: Mapping[str, Any], side: str, turn: int, pad_id: int) -> Trai
     return TrainingSequence(ids, mask, [Segment(0, len(ids), 0)], spans)
 
 
-def published_reason(pair: PairExample, max_length: int) -> str | None:
+def published_reason(pair: PairExample, max_length: int | None) -> str | None:
     """Return the first reason against a published pair; the filters of our own pairs."""
     sequences = (pair.chosen.sequence, pair.reject.sequence)
+    too_long = (filters.too_long(s, max_length) for s in sequences if max_length is not None)
     return (
         next(filter(None, map(filters.empty_response, sequences)), None)
-        or next(filter(None, (filters.too_long(s, max_length) for s in sequences)), None)
+        or next(filter(None, too_long), None)
         or filters.same_response(pair.chosen, pair.reject)
         or filters.tie(pair.chosen, pair.reject)
     )
@@ -138,7 +180,7 @@ class Keys:
 
 
 def published_pairs(
-    rows: Iterable[Mapping[str, Any]], max_length: int
+    rows: Iterable[Mapping[str, Any]], max_length: int | None = None
 ) -> Iterator[tuple[list[PairExample], list[dict[str, Any]]]]:
     """Yield, for each row of a published REFUEL dataset, its pair or why it is dropped."""
     keys = Keys()

@@ -1,4 +1,4 @@
-"""Compute a policy's log-probs of pairs once, for every run that starts from it.
+"""Compute the log-probs of a policy, a reference or both once, for every run that needs them.
 
 accelerate launch --config_file accelerate_cfgs/multi_gpu.yaml stages/logprobs.py \
     --query_dataset org/pairs --cluster my_cluster --base_model meta-llama/Meta-Llama-3-8B-Instruct
@@ -6,28 +6,35 @@ accelerate launch --config_file accelerate_cfgs/multi_gpu.yaml stages/logprobs.p
 Trainers do this by themselves; run it to have the numbers ready, on another machine for example.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipeline import store
 from pipeline.config import execution, run
 from pipeline.errors import DataError
-from pipeline.start import LoadConfig, layout_of, load
+from pipeline.start import LoadConfig
 
 
 @dataclass(frozen=True)
 class Config(LoadConfig):
-    """Keep a policy's old log-probs in {query_dataset}_{cluster}."""
+    """Keep old and reference log-probs of pairs or groups in {query_dataset}_{cluster}."""
 
+    ref_model: str = execution("")
+    """The reference, a model folder or a Hub id: its log-probs are written as ref_logprob."""
     query_dataset: str = execution("")
-    """Repo of pairs, written by tokenize_masks."""
+    """Repo of pairs or groups, written by tokenize_masks, or a published REFUEL dataset."""
     cluster: str = execution("")
     """Tag of the repo that is written: {query_dataset}_{cluster}."""
     temperature: float = 0.8
-    """Temperature that the pairs were sampled at; log-probs are those of logits / temperature."""
+    """Temperature that the rows were sampled at; log-probs are those of logits / temperature."""
+    turns: Literal["mask", "all", "forked"] = "mask"
+    """Of pairs, which policy turns train: those of the repo's mask, all, or the forked one."""
 
     def __post_init__(self) -> None:
-        names = ("base_model", "query_dataset", "cluster")
+        names = ("query_dataset", "cluster")
         problems = [f"--{name} is missing" for name in names if not getattr(self, name)]
+        if not (self.base_model or self.ref_model):
+            problems.append("--base_model (old log-probs) and --ref_model: one at least is missing")
         problems += self.load_problems()
         if self.temperature <= 0:
             problems.append(f"--temperature {self.temperature}: greater than 0")
@@ -36,28 +43,26 @@ class Config(LoadConfig):
 
 
 def main(config: Config) -> None:
-    """Load the policy, and compute or reuse the log-probs."""
-    pairs = store.open_repo(config.query_dataset)
-    fingerprint = store.fingerprint_model(config.base_model)
+    """Load one model after the other, and compute or reuse its log-probs."""
     from pipeline import cluster
-    from pipeline.balance import Budget
+    from pipeline.reference import fill_from_disk, refuse_two_models
+    from pipeline.sources import open_source
     from pipeline.strategy import start, stop
 
-    pairs.require(cluster.wanted())
+    source = open_source(config.query_dataset, config.turns)
+    named = {column: getattr(config, flag) for column, flag in cluster.MODELS.items()}
+    named = {column: name for column, name in named.items() if name}
+    fingerprints = {column: store.fingerprint_model(name) for column, name in named.items()}
     accelerator = start(config.precision, config.num_processes)
-    policy, tokenizer = load(config, config.temperature, accelerator)
-    key = cluster.key_of(
-        tokenizer, config.temperature, config.precision, config.attn_implementation
-    )
-    place = cluster.cluster_place(
-        config.query_dataset, config.cluster, pairs, key, (config.base_model, fingerprint)
-    )
-    policy = accelerator.prepare(policy)
-    layout = layout_of(config, accelerator, policy)
-    budget = Budget(config.tokens(accelerator), config.per_device_eval_batch_size, layout)
-    scorer = cluster.Scorer(accelerator, policy, budget)
-    repo = cluster.old_logprobs(scorer, place, pairs)
-    accelerator.print(f"old log-probs of {config.query_dataset} are in {repo.name}")
+    if len(named) > 1:
+        refuse_two_models(accelerator)
+    place = cluster.cluster_place(source, config.cluster)
+    for column, name in named.items():
+        model = replace(config, base_model=name)
+        asked = (column, fingerprints[column])
+        repo = fill_from_disk(model, config.temperature, accelerator, place, *asked)
+        told = f"{cluster.NAMES[column]} of {config.query_dataset} are in {repo.name}"
+        accelerator.print(told)
     stop(accelerator)
 
 

@@ -38,10 +38,11 @@ GROUND = {
     "schedule",
     "seeds",
     "selection",
+    "turns",
 }
 GROUND_LIBRARIES = {"numpy", "pyarrow", "torch"}
 # Loops over what the floors below offer. Every other module is an adapter: the first floor.
-LOOPS = {"cluster", "rollout", "scoring", "training"}
+LOOPS = {"cluster", "logprob_rows", "preferences", "reference", "rollout", "scoring", "training"}
 
 HEAVY = {
     "accelerate",
@@ -169,5 +170,5 @@ def test_every_flag_has_a_sentence_of_help(script: Path) -> None:
                 told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 if isinstance(item, ast.AnnAssign) and not told:
                     bare.append(ast.unparse(item.target))
-    # `task` and `refuel` are the headings of their own flags.
-    assert [name for name in bare if name not in ("task", "refuel")] == []
+    # `task`, `refuel` and `dpo` are the headings of their own flags.
+    assert [name for name in bare if name not in ("task", "refuel", "dpo")] == []

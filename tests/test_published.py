@@ -11,26 +11,14 @@ from pipeline.examples import check_pair
 from pipeline.published import pair_from_published, rollouts_of_text, text_rollouts
 from pipeline.records import Segment, Span
 from pipeline.rows import pair_from_row
+from pipeline.sources import open_pairs
 from stages.tokenize_masks import Config, main
 from templates import make_tokenizer
-
-PAD = 128256
-
-
-def message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
+from tests import multiturn
 
 
-def published_row(chosen: list[int], reject: list[int], width: int = 12) -> dict[str, Any]:
-    """Return a row that parts at turn 1, whose trained ids are those after [1, 2, 3]."""
-    opening = [message("user", "a"), message("assistant", "b"), message("user", "c")]
-    row: dict[str, Any] = {"chosen_reward": 0.5, "reject_reward": 0.25, "chosen_logprob": -3.0}
-    for side, ids in (("chosen", chosen), ("reject", reject)):
-        row[side] = [*opening, message("assistant", side), message("user", "d")]
-        row[side].append(message("assistant", "e"))
-        row[f"{side}_token"] = [1, 2, 3, *ids] + [PAD] * (width - 3 - len(ids))
-        row[f"{side}_mask"] = [0, 0, 0] + [1] * len(ids) + [0] * (width - 3 - len(ids))
-    return row
+def published_row(chosen: list[int], reject: list[int]) -> dict[str, Any]:
+    return multiturn.published_row(chosen, reject, width=12)
 
 
 def test_a_published_pair_loses_its_padding() -> None:
@@ -68,6 +56,60 @@ def test_tokenize_masks_reads_published_pairs(tmp_path: Path) -> None:
     assert len({p.prompt_id for p in pairs}) == 1
     assert repo.manifest is not None
     assert repo.manifest["dropped"] == {"same_response": 1, "tie": 1, "too_long": 1}
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_training_reads_a_published_dataset_as_pairs_of_ours(tmp_path: Path, kind: Any) -> None:
+    # Rows of 2048 ids as they lie on the Hub: a train split only, and sums that belong to a model.
+    rows = [
+        multiturn.published_row([4, 5, 9], [4, 6]),
+        multiturn.published_row([7], [8]) | {"chosen_reward": 0.25},
+        multiturn.published_row([5], [6]),
+        multiturn.published_row([5], []),
+    ]
+    folder = tmp_path / "published"
+    folder.mkdir()
+    table = pa.Table.from_pylist(rows)
+    for side in ("chosen", "reject"):
+        for name in (f"{side}_token", f"{side}_mask"):
+            at, column = table.schema.get_field_index(name), table.column(name)
+            table = table.set_column(at, name, column.cast(kind(pa.int64())))
+    pq.write_table(table, folder / "train-00000-of-00001.parquet", row_group_size=2)
+    source, dropped = open_pairs(str(folder)), []
+
+    read = [row for batch in source.batches("train", dropped=dropped) for row in batch.to_pylist()]
+
+    pairs = [pair_from_row(row) for row in read]
+    assert source.splits() == ["train"]
+    assert [p.chosen.sequence.ids.tolist() for p in pairs] == [[1, 2, 3, 4, 5, 9], [1, 2, 3, 5]]
+    assert [p.reject.sequence.mask.tolist() for p in pairs] == [[0, 0, 0, 1, 1], [0, 0, 0, 1]]
+    assert [(p.chosen.sample, p.reject.sample) for p in pairs] == [(0, 1), (4, 5)]
+    assert [(p.branch_turn, p.score_turn) for p in pairs] == [(1, 2)] * 2
+    assert [(row["split"], row["reason"]) for row in dropped] == [
+        ("train", "tie"),
+        ("train", "empty_response"),
+    ]
+    # What training reads of it, without what it doesn't.
+    (batch,) = source.batches("train", ["prompt_id", "chosen_reward"])
+    assert batch.schema.names == ["prompt_id", "chosen_reward"]
+    assert batch.column("chosen_reward").to_pylist() == [0.5, 0.5]
+
+
+def test_a_published_pair_that_trains_its_first_id_is_named(tmp_path: Path) -> None:
+    row = multiturn.published_row([4], [5])
+    row["reject_mask"][0] = 1
+    name = multiturn.published_repo(tmp_path / "published", [row])
+
+    with pytest.raises(DataError, match=r"samples 0 and 1 \(reject\): the first id trains"):
+        list(open_pairs(name).batches("train"))
+
+
+def test_published_pairs_hold_their_forked_turn_only(tmp_path: Path) -> None:
+    name = multiturn.published_repo(tmp_path / "published", [multiturn.published_row([4], [5])])
+
+    assert open_pairs(name, "forked").turns == "mask"
+    with pytest.raises(DataError, match="one trained turn each: use --turns forked"):
+        open_pairs(name, "all")
 
 
 def test_published_pairs_are_no_groups(tmp_path: Path) -> None:
