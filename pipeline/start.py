@@ -45,6 +45,13 @@ class LoadConfig:
     def load_problems(self) -> list[str]:
         """Say what is wrong with these flags."""
         found = at_least(self, 1, "per_device_eval_batch_size")
+        mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.dtype == "auto" and mixed not in ("no", "bf16"):
+            found.append(
+                f"accelerate's mixed_precision {mixed}: choose no or bf16, or give --dtype"
+            )
+        if "flash" in self.attn_implementation and self.precision == "fp32":
+            found.append(f"--attn_implementation {self.attn_implementation} needs --dtype bf16")
         return found + at_least(self, 0, "max_tokens_per_microbatch", "num_processes")
 
     def tokens(self, accelerator: Any) -> int:
@@ -147,6 +154,7 @@ def load(config: LoadConfig, temperature: float, accelerator: Any) -> tuple[Any,
     model, tokenizer = models.load_policy(
         config.base_model, loaded, config.attn_implementation, config.trust_remote_code
     )
+    refuse_quantised(model, config.base_model)
     policy = MaskedLogprobs(model, temperature)
     # ZeRO-3 loads shards, which can't be probed outside of its engine.
     if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
@@ -186,6 +194,15 @@ def adapt(model: Any, config: TrainConfig, accelerator: Any) -> None:
     rank, targets = config.lora_r, config.lora_target_modules
     count = add_adapters(model, rank, config.lora_alpha, targets, config.seed)
     accelerator.print(f"LoRA: adapters of rank {rank} on {count} layers train, the rest is frozen")
+
+
+def refuse_quantised(model: Any, name: str) -> None:
+    """Raise DataError for weights that no gradient can move and no adapter can be merged into."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise DataError(
+            f"{name!r} holds quantised weights, which can't be trained, nor merged with adapters: "
+            "give the model that they were made from"
+        )
 
 
 def layout_of(config: LoadConfig, accelerator: Any, policy: Any) -> "Layout":

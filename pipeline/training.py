@@ -215,9 +215,12 @@ def my_batches(
 
 @contextmanager
 def gradients_sync(accelerator: Any, policy: Any, last: bool) -> Iterator[None]:
-    """Reduce gradients over ranks in the last backward pass of a step only."""
+    """Reduce gradients over ranks in the last backward pass of a step only.
+
+    FSDP2 reduces in each: until then a rank would hold the gradients of the whole model.
+    """
     accelerator.sync_gradients = last  # DeepSpeed's wrapper steps in the backward pass that syncs
-    if last:
+    if last or accelerator.is_fsdp2:
         yield
         return
     with accelerator.no_sync(policy):
