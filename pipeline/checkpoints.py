@@ -31,6 +31,12 @@ from pipeline.models import DTYPES, gather_weights, write_folder
 from pipeline.strategy import name_of
 
 STATE = "state.json"
+ZERO_WEIGHTS = (
+    "fp32_partitioned_groups_flat",  # ZeRO-3
+    "single_partition_of_fp32_groups",  # ZeRO-2, and 1 in float32
+    "fp32_groups_flat_partition",  # ZeRO-1 in bf16
+)
+"""Where DeepSpeed 0.19's optimizers keep the weights that they step on this rank."""
 
 
 def save(ready: Any, config: Any, output: Any, update: int, metrics: Mapping[str, float]) -> None:
@@ -76,6 +82,8 @@ def resume(ready: Any, config: Any, output: Any) -> tuple[int, dict[str, float]]
     Raises DataError where no checkpoint is sound, or where this run can't go on from it.
     """
     accelerator = ready.accelerator
+    if config.save_every_updates:
+        trained(ready.optimizer)  # what can't be saved is refused now, not after many updates
     if accelerator.is_main_process:
         output.clear_leftovers()
         if config.resume == "never":
@@ -87,7 +95,7 @@ def resume(ready: Any, config: Any, output: Any) -> tuple[int, dict[str, float]]
         if problem is None:
             state = read_state(folder)
             refuse_other(state, accelerator, output, folder)
-            load_shard(ready.optimizer, shard_path(folder / RESUME, accelerator))
+            load_shard(ready.policy, ready.optimizer, shard_path(folder / RESUME, accelerator))
             if accelerator.is_main_process:
                 manifests.write_atomically(
                     output.work / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()
@@ -184,13 +192,13 @@ def refuse_other(state: Mapping[str, Any], accelerator: Any, output: Any, folder
 
 
 def trained(optimizer: Any) -> tuple[list[Tensor], torch.optim.Optimizer]:
-    """Return the float32 tensors that a prepared optimizer steps on this rank, and torch's
-    optimizer, which holds their moments.
+    """Return the float32 weights that a prepared optimizer steps on this rank, and torch's own.
 
-    ZeRO-2 and ZeRO-3 step flat partitions of their own. Raises DataError for what isn't known.
+    That one holds their moments. ZeRO steps flat partitions, not the policy's parameters. Raises
+    DataError for what isn't known.
     """
     outer = optimizer.optimizer
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+    for name in ZERO_WEIGHTS:
         if hasattr(outer, name):
             if getattr(outer, "swap_optimizer", False):
                 raise DataError("an optimizer on NVMe can't be saved: give --save_every_updates 0")
@@ -243,7 +251,7 @@ def write_shard(optimizer: Any, path: Path) -> None:
 
 
 @torch.no_grad()
-def load_shard(optimizer: Any, path: Path) -> None:
+def load_shard(policy: Any, optimizer: Any, path: Path) -> None:
     """Copy a shard into the optimizer, and from its weights into the policy. Call on every rank.
 
     Raises DataError where the shard holds other tensors.
@@ -257,7 +265,7 @@ def load_shard(optimizer: Any, path: Path) -> None:
                 f"{path} holds the weights of another model or of other partitions: start this run "
                 "as that one was, or give --resume never"
             )
-        before_loading(optimizer.optimizer)
+        drop_gathered(policy, optimizer.optimizer)
         for name, value in json.loads(file.metadata()["numbers"]).items():
             i, key = name.split(".", 1)
             inner.state[weights[int(i)]][key] = value
@@ -281,8 +289,11 @@ def placed_like(weight: Tensor, value: Tensor, inner: torch.optim.Optimizer) -> 
     return moment
 
 
-def before_loading(outer: Any) -> None:
-    """Let ZeRO-3 drop the parameters that it holds gathered."""
+def drop_gathered(policy: Any, outer: Any) -> None:
+    """Let FSDP2 and ZeRO-3 forget the whole weights that they still hold from the last pass."""
+    for module in policy.modules():
+        if hasattr(module, "reshard"):  # FSDP2 keeps those of its root until a backward pass
+            module.reshard()
     if hasattr(outer, "fp32_partitioned_groups_flat"):
         outer.checkpoint_event_prologue()
 
@@ -293,5 +304,5 @@ def after_loading(outer: Any) -> None:
         for i in range(len(outer.fp32_partitioned_groups_flat)):
             outer._reassign_or_swap_out_partitioned_parameters(i)
         outer.checkpoint_event_epilogue()
-    elif hasattr(outer, "single_partition_of_fp32_groups"):
+    elif hasattr(outer, "update_lp_params"):
         outer.update_lp_params()

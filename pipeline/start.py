@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline.config import execution
 from pipeline.errors import DataError
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 class LoadConfig:
     """The flags of every stage that runs a policy under accelerate."""
 
+    DECIDING: ClassVar[tuple[str, ...]] = ("precision",)
+
     base_model: str = execution("")
     """The policy to start from: a model folder or a Hub id."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = execution("auto")
     """fp32, or bf16 autocast over fp32 weights; auto takes accelerate's mixed_precision."""
     attn_implementation: str = "sdpa"
     """Attention of the model: sdpa, eager, flash_attention_2 or another that transformers knows."""
@@ -64,6 +67,8 @@ class LoadConfig:
 class TrainConfig(LoadConfig):
     """The flags that all trainers share."""
 
+    DECIDING: ClassVar[tuple[str, ...]] = ("precision", "examples_per_update")
+
     output_dir: str = execution("")
     """Where to write the trained model folder."""
     warmup_ratio: float = 0.1
@@ -76,12 +81,18 @@ class TrainConfig(LoadConfig):
     """Which optimizer; betas 0.9 and 0.95 either way."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient of one update; 0 doesn't clip."""
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: int = execution(1)
     """Examples a process contributes to one accumulation step."""
-    gradient_accumulation_steps: int = 32
+    gradient_accumulation_steps: int = execution(32)
     """Accumulation steps of an update: it takes processes x batch size x this many examples."""
     print_sample_output_freq: int = execution(200)
     """Updates between two evaluations on the test split."""
+    save_every_updates: int = execution(50)
+    """Updates between two checkpoints in {output_dir}.checkpoints; 0 saves only the end."""
+    keep_checkpoints: int = execution(1)
+    """Newest checkpoints to keep; their model folders stay when the run is finished."""
+    resume: Literal["auto", "never"] = execution("auto")
+    """auto goes on from the newest checkpoint, if there is one; never removes them and restarts."""
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora_r: int = 0
@@ -95,13 +106,19 @@ class TrainConfig(LoadConfig):
     seed: int = 555134
     """Seed of the order of the examples, and of the adapters at their start."""
 
+    @property
+    def examples_per_update(self) -> int:
+        """How many examples make an optimizer step; launchers set WORLD_SIZE."""
+        local = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return int(os.environ.get("WORLD_SIZE", "1")) * local
+
     def train_problems(self) -> list[str]:
         """Say what is wrong with the common flags."""
         found = [f"--{n} is missing" for n in ("base_model", "output_dir") if not getattr(self, n)]
         found += self.load_problems()
         found += at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
-        found += at_least(self, 1, "print_sample_output_freq")
-        found += at_least(self, 0, "eps", "weight_decay", "max_grad_norm")
+        found += at_least(self, 1, "print_sample_output_freq", "keep_checkpoints")
+        found += at_least(self, 0, "eps", "weight_decay", "max_grad_norm", "save_every_updates")
         if not 0 <= self.warmup_ratio < 1:
             found.append(f"--warmup_ratio {self.warmup_ratio}: at least 0 and less than 1")
         return found + self.lora_problems()
@@ -137,11 +154,6 @@ class Prepared:
         config = self.accelerator.unwrap_model(self.policy).config.get_text_config()
         return min(total_length, getattr(config, "max_position_embeddings", None) or total_length)
 
-    def batch_size(self, config: TrainConfig) -> int:
-        """Return the examples of one optimizer step."""
-        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return int(self.accelerator.num_processes) * local
-
 
 def load(config: LoadConfig, temperature: float, accelerator: Any) -> tuple[Any, Any]:
     """Return the policy as a MaskedLogprobs, and its tokenizer."""
@@ -162,18 +174,29 @@ def load(config: LoadConfig, temperature: float, accelerator: Any) -> tuple[Any,
     return policy, tokenizer
 
 
-def prepare(config: TrainConfig, temperature: float) -> Prepared:
-    """Load the policy, and shard it together with its optimizer as the launcher asked."""
+def begin(config: TrainConfig) -> Any:
+    """Start accelerate as the launcher and the flags ask, with the trackers."""
     from pipeline import strategy, tracking
 
     tracking.check_tracker(config.trackers)
-    accelerator = strategy.start(
+    return strategy.start(
         config.precision,
         config.num_processes,
         max_grad_norm=config.max_grad_norm,
         tracker=config.trackers,
-        curves=f"{config.output_dir}.curves",
+        curves=f"{Path(config.output_dir).expanduser().resolve()}.curves",
     )
+
+
+def prepare(config: TrainConfig, temperature: float, accelerator: Any = None) -> Prepared:
+    """Load the policy, and shard it together with its optimizer as the launcher asked.
+
+    `accelerator` is what `begin` gave, where a stage needed it earlier.
+    """
+    from pipeline import strategy
+
+    if accelerator is None:
+        accelerator = begin(config)
     policy, tokenizer = load(config, temperature, accelerator)
     if config.lora_r:
         adapt(policy.model, config, accelerator)
@@ -213,9 +236,11 @@ def layout_of(config: LoadConfig, accelerator: Any, policy: Any) -> "Layout":
     from pipeline.probe import choose_layout
 
     wanted: list[Layout] = []
+    on_cpu = accelerator.device.type == "cpu"
+    if config.packing == "flex" and on_cpu:
+        raise DataError("--packing flex: FlexAttention has no backward pass on a CPU; use chains")
     if config.packing == "auto":
-        # FlexAttention has no backward pass on a CPU.
-        wanted = ["chains"] if accelerator.device.type == "cpu" else ["flex", "chains"]
+        wanted = ["chains"] if on_cpu else ["flex", "chains"]
     elif config.packing != "none":
         wanted = [config.packing]
     return choose_layout(accelerator, policy, wanted)

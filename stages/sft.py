@@ -28,9 +28,9 @@ class Config(TrainConfig):
     """Repo of groups (one row a rollout), written by tokenize_masks."""
     lr: float = 1e-5
     """Peak learning rate."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int = execution(8)
     """Rollouts a process contributes to one accumulation step."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = execution(1)
     """Accumulation steps of an update: it takes processes x batch size x this many rollouts."""
     num_epochs: float = 1.0
     """Passes over the train split."""
@@ -82,9 +82,10 @@ def main(config: Config) -> None:
         lambda example: example.trained,
         Budget(config.tokens(ready.accelerator), layout=ready.layout),
         config.max_grad_norm,
+        config.seed,
     )
     total = config.total_episodes or round(config.num_epochs * len(splits["train"]))
-    last = fit(trainer, splits, config, total, ready.batch_size(config), output)
+    last = fit(trainer, ready, splits, config, total, output)
     finish_policy(ready, output, config.precision, last, {k: len(v) for k, v in splits.items()})
 
 

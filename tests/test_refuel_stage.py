@@ -76,8 +76,10 @@ def test_a_run_trains_evaluates_and_saves_a_folder_that_loads(made: Path, tmp_pa
         "delta_reject",
         "reward_gap",
         "grad_norm",
+        "padding_share",
         "tokens_per_s",
         "lr",
+        "examples_seen",
         "peak_memory_gb",
     }
     before = AutoModelForCausalLM.from_pretrained(made / "policy")
