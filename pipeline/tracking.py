@@ -58,8 +58,16 @@ class Metrics:
             run = run_id(work, config.resume) if accelerator.is_main_process else ""
             # TensorBoard would show the settings of a resumed run as those of another one.
             settings = flat(identity(config)) if done == 0 else None
-            each = tracker_settings(Path(accelerator.project_dir), run, done)
+            each = tracker_settings(Path(accelerator.project_dir), run)
             accelerator.init_trackers(PROJECT, config=settings, init_kwargs=each)
+            if done and accelerator.is_main_process:
+                self.tell_again()
+
+    def tell_again(self) -> None:
+        """Give trackers the lines that are there: a kill took what they hadn't written yet."""
+        for line in self.path.read_text().splitlines():
+            values = json.loads(line)
+            self.accelerator.log(values, step=values.pop("update"))
 
     def log(self, update: int, values: dict[str, float]) -> None:
         """Append one line; flushed, so that it can be followed while the run goes on."""
@@ -80,15 +88,11 @@ def run_id(work: Path, resume: str) -> str:
     return path.read_text()
 
 
-def tracker_settings(curves: Path, run: str, done: int) -> dict[str, dict[str, Any]]:
-    """Return what each tracker needs to go on with the same run after update `done`.
-
-    Curves of updates after `done`, which a killed run may have logged, are drawn again.
-    """
-    curves.mkdir(parents=True, exist_ok=True)
+def tracker_settings(curves: Path, run: str) -> dict[str, dict[str, Any]]:
+    """Return what each tracker needs to go on with the same run."""
     name = f"{curves.stem}-{run}"
     return {
         "wandb": {"id": run, "name": name, "resume": "allow", "dir": str(curves)},
         "trackio": {"name": name, "resume": "allow"},
-        "tensorboard": {"purge_step": done + 1 if done else 0},
+        "tensorboard": {"purge_step": 0},  # what an earlier start wrote is told again
     }
