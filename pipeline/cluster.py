@@ -7,12 +7,9 @@ they are computed anew and the reason is printed; a finished repo takes the old 
 """
 
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,116 +22,39 @@ from pipeline.claims import Job, claim_output, describe_job, say
 from pipeline.columns import of_side
 from pipeline.errors import DataError
 from pipeline.journal import read_journal
+from pipeline.logprob_keys import (
+    MASKS,
+    MODELS,
+    NAMES,
+    Keys,
+    Place,
+    Wanted,
+    differs,
+    held_keys,
+)
 from pipeline.logprob_rows import (
     Column,
     Scorer,
     journalled,
     logprobs,
+    read_columns,
     score_split,
-    wanted,
     with_column,
 )
 from pipeline.packing import Example
-from pipeline.repos import WORK, Repo, RepoName, open_folder, parse_repo
+from pipeline.repos import WORK, Repo, RepoName, open_folder
 from pipeline.seeds import generator_for
 from pipeline.sources import Source
 
 DRIFT_GATE = 1.05
 DRIFT_ROWS = 64
-MODELS = {"old_logprob": "base_model", "ref_logprob": "ref_model"}
-"""The columns, and the flag that names the model of each."""
-NAMES = {"old_logprob": "old log-probs", "ref_logprob": "reference log-probs"}
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a column of log-probs depends on, besides the rows: a fingerprint, hashes, settings.
-
-    `turns`: which policy turns train, see turns.TURNS.
-    """
-
-    model: str
-    tokenizer: str
-    template: str
-    temperature: float
-    dtype: str
-    attn_implementation: str
-    turns: str
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of a repo's columns, as JSON values: what its manifest calls the config."""
-
-    columns: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the log-probs of a source are kept."""
-
-    name: RepoName
-    source: Source
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the repo, on this machine even where its name is a Hub id."""
-        return self.name.folder
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A column of log-probs that somebody needs: which one, its key, and its model's name."""
-
-    column: str
-    key: Key
-    model: str
-
-
-def key_of(tokenizer: Any, model: str, turns: str, temperature: float, config: Any) -> Key:
-    """Return the key of log-probs made here and now; `model` is its fingerprint.
-
-    `config` is a LoadConfig, for the dtype and the attention.
-    """
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))
-    encoder, template = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
-    return Key(
-        model,
-        encoder,
-        template,
-        temperature,
-        config.precision,
-        config.attn_implementation,
-        turns,
-        versions,
-    )
-
-
-def cluster_repo(query_dataset: str, cluster: str) -> str:
-    """Name the repo of a cluster tag; a revision of the pairs is part of its key, not its name."""
-    text = query_dataset.rstrip("/").split("@")[0]
-    return f"{text}_{cluster}"
-
-
-def cluster_place(source: Source, cluster: str) -> Place:
-    """Return the place of a cluster tag."""
-    return Place(parse_repo(cluster_repo(source.repo.name, cluster)), source)
-
-
-def scratch_place(source: Source, work: Path) -> Place:
-    """Return a place in a stage's work folder: without a cluster tag log-probs aren't kept."""
-    folder = (work / "logprobs").absolute()
-    return Place(RepoName(str(folder), None, folder, None), source)
 
 
 def fill(scorer: Scorer, place: Place, asked: Wanted) -> Repo:
     """Return the rows with a column of log-probs: reused where key and drift allow it, or computed.
 
     Other columns of the same rows and turns are kept. Call on every rank, before the first
-    optimizer step. Raises DataError where the place holds something else; an unreachable Hub is an
-    error, never a cache miss.
+    optimizer step. Raises DataError where the place holds something else.
     """
     recover(scorer.accelerator, place)
     keys, reason = held_keys(place)
@@ -189,38 +109,6 @@ def building_of(place: Place) -> Path:
     return place.folder.with_name(place.folder.name + ".new")
 
 
-def held_keys(place: Place) -> tuple[dict[str, Any], str | None]:
-    """Return the keys of the columns that a place holds for these rows, or why it holds none.
-
-    Raises DataError if what is there is no repo of log-probs.
-    """
-    held = manifest.read_json(place.folder / manifest.MANIFEST)
-    if held is None:
-        if place.folder.exists() and any(place.folder.iterdir()):
-            raise DataError(f"{place.folder} holds something else; choose another --task.cluster")
-        return {}, None
-    if held.get("kind") != "logprobs":
-        raise DataError(
-            f"{place.folder} is a repo of kind {held.get('kind')!r}, no cache of log-probs: "
-            "choose another --task.cluster"
-        )
-    identity = held["identity"]
-    if differing := manifest.differences(
-        {"inputs": identity["inputs"]}, {"inputs": [place.source.repo.content_hash]}
-    ):
-        return {}, "; ".join(differing)
-    keys = identity["config"].get("columns", {})
-    turns = {key["turns"] for key in keys.values()} - {place.source.turns}
-    if turns:
-        return {}, f"other turns that train: {', '.join(turns)} -> {place.source.turns}"
-    return keys, None
-
-
-def differs(held: Mapping[str, Any], key: Key) -> str | None:
-    """Say what of a column's key differs, or None."""
-    return "; ".join(manifest.differences(held, dataclasses.asdict(key))) or None
-
-
 def drifted(scorer: Scorer, place: Place, column: str) -> str | None:
     """Recompute a sample of rows; say how far they drifted when that is past the gate.
 
@@ -247,7 +135,7 @@ def sampled(repo: Repo, sides: Sequence[str], column: str) -> list[Example]:
     split, first, found = repo.splits()[0], 0, list[Example]()
     order = generator_for(0, repo.content_hash, 0, 0, "drift").permutation(repo.num_rows(split))
     chosen = np.sort(order[:DRIFT_ROWS])
-    for batch in repo.batches(split, [*wanted(sides), *(of_side(s, column) for s in sides)]):
+    for batch in repo.batches(split, [*read_columns(sides), *(of_side(s, column) for s in sides)]):
         here = chosen[(chosen >= first) & (chosen < first + batch.num_rows)] - first
         found += columns.examples(batch.take(pa.array(here)), sides, {column: column})
         first += batch.num_rows
@@ -308,6 +196,7 @@ def write(run: store.Run, column: Column, held: Repo | None, source: Source) -> 
         {split: with_column(rows(split), column, split, found) for split in splits},
         dropped=dropped,
         counts={"rows_in": sum(map(source.num_rows, splits))},
+        card={"notes": [MASKS[source.turns]]},
     )
 
 
@@ -341,7 +230,7 @@ def refuse_live(work: Path, job: Job) -> None:
     except Timeout as error:
         raise DataError(
             f"another process is writing {job.name} with other keys right now; wait for it, or "
-            "choose another --task.cluster"
+            "choose another cluster tag"
         ) from error
     lock.release(force=True)
 

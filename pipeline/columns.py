@@ -1,7 +1,7 @@
 """Arrow columns of pairs and groups -> examples for training; ids stay where Arrow put them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,12 @@ def rollouts(batches: Iterable[pa.RecordBatch], numbers: Mapping[str, str]) -> l
 def groups(batches: Iterable[pa.RecordBatch], numbers: Mapping[str, str]) -> list[Example]:
     """Read a groups repo, one example for the rollouts of a prompt that follow one another.
 
-    Its strands are `0`, `1`, ... in their order. A prompt on both sides of a batch's border gives
-    two examples.
+    Its strands are `0`, `1`, ... in their order.
     """
+    named = chain.from_iterable(_named(batch, numbers) for batch in batches)
     return [
         Example(name, {str(k): strand for k, (_, strand) in enumerate(members)})
-        for batch in batches
-        for name, members in groupby(_named(batch, numbers), key=lambda one: one[0])
+        for name, members in groupby(named, key=lambda one: one[0])
     ]
 
 

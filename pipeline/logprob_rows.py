@@ -118,7 +118,7 @@ def score_split(scorer: Scorer, run: store.Run, column: Column, split: str, done
     off = not accelerator.is_main_process
     total = column.rows.num_rows(split)
     with tqdm(total=total, desc=f"{column.name} ({split})", unit="row", disable=off) as bar:
-        for batch in column.rows.batches(split, wanted(column.sides), BLOCK):
+        for batch in column.rows.batches(split, read_columns(column.sides), BLOCK):
             rest = unscored(batch, column, split, first, done)
             for k, found in logprobs(scorer, [example for _, example in rest]) if rest else ():
                 for row, values in by_row(column.sides, rest[k][0], found):
@@ -129,7 +129,7 @@ def score_split(scorer: Scorer, run: store.Run, column: Column, split: str, done
     journal.close()
 
 
-def wanted(sides: Sequence[str]) -> list[str]:
+def read_columns(sides: Sequence[str]) -> list[str]:
     """Name the columns that scoring reads."""
     return ["prompt_id", *columns.side_columns(sides)]
 

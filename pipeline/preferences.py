@@ -10,7 +10,7 @@ from pipeline.start import Prepared, TrainConfig, usable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.cluster import Place
+    from pipeline.logprob_keys import Place
     from pipeline.losses import Loss
     from pipeline.packing import Example, MicroBatch
     from pipeline.repos import Repo
@@ -56,23 +56,23 @@ class PairConfig(TrainConfig):
 
 def place_of(config: PairConfig, pairs: "Source", output: Any) -> "Place":
     """Return where the log-probs of this run are kept: the cluster's repo, or the work folder."""
-    from pipeline import cluster
+    from pipeline import logprob_keys
 
     if config.task.cluster:
-        return cluster.cluster_place(pairs, config.task.cluster)
-    return cluster.scratch_place(pairs, output.work)
+        return logprob_keys.cluster_place(pairs, config.task.cluster)
+    return logprob_keys.scratch_place(pairs, output.work)
 
 
 def policy_logprobs(
     config: PairConfig, ready: Prepared, place: "Place", column: str, fingerprint: str
 ) -> "Repo":
     """Return the pairs with the log-probs that the policy gives before its first update."""
-    from pipeline import cluster
+    from pipeline import cluster, logprob_keys
     from pipeline.logprob_rows import scorer_of
 
     temperature, turns = config.task.temperature, place.source.turns
-    key = cluster.key_of(ready.tokenizer, fingerprint, turns, temperature, config)
-    asked = cluster.Wanted(column, key, config.base_model)
+    key = logprob_keys.key_of(ready.tokenizer, fingerprint, turns, temperature, config)
+    asked = logprob_keys.Wanted(column, key, config.base_model)
     scorer = scorer_of(config, ready.accelerator, ready.policy, ready.layout)
     return cluster.fill(scorer, place, asked)
 
@@ -80,11 +80,11 @@ def policy_logprobs(
 def splits_of(repo: "Repo", column: str, longest: int) -> dict[str, list["Example"]]:
     """Read the pairs of each split with their rewards and a column of log-probs."""
     from pipeline import columns
-    from pipeline.logprob_rows import wanted
+    from pipeline.logprob_rows import read_columns
 
     sides = columns.PAIR_SIDES
     added = [columns.of_side(side, name) for side in sides for name in (column, "reward")]
-    names = [*wanted(sides), *added]
+    names = [*read_columns(sides), *added]
     return {
         split: usable(columns.pairs(repo.batches(split, names), {column: column}), longest, "pair")
         for split in repo.splits()

@@ -93,8 +93,11 @@ def _unpadded(row: Mapping[str, Any], side: str, turn: int, pad_id: int) -> Trai
     padded: IntArray = np.asarray(row[f"{side}_token"], dtype=np.int32)
     ids = padded[: int(np.max(np.flatnonzero(padded != pad_id), initial=-1)) + 1]
     mask = np.asarray(row[f"{side}_mask"], dtype=np.uint8)[: len(ids)]
-    trained = np.flatnonzero(mask)
-    spans = [Span(turn, int(trained[0]), int(trained[-1]) + 1)] if len(trained) else []
+    edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).tolist()
+    blocks = list(zip(edges[::2], edges[1::2], strict=True))
+    # One block is the forked turn's answer; several are the policy's turns, in their order.
+    first = turn if len(blocks) == 1 else 0
+    spans = [Span(first + k, start, end) for k, (start, end) in enumerate(blocks)]
     return TrainingSequence(ids, mask, [Segment(0, len(ids), 0)], spans)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from pipeline import cluster
 from pipeline.errors import DataError
+from pipeline.logprob_keys import Place, Wanted, key_of
 from pipeline.logprob_rows import Scorer, scorer_of
 from pipeline.preferences import PairConfig, policy_logprobs
 from pipeline.repos import Repo
@@ -22,7 +23,7 @@ COLUMN = "ref_logprob"
 
 
 def prepare_with_reference(
-    config: PairConfig, ref_model: str, models: Mapping[str, str], place: cluster.Place
+    config: PairConfig, ref_model: str, models: Mapping[str, str], place: Place
 ) -> tuple[Prepared, Repo]:
     """Return the policy, ready to train, and the pairs with the log-probs of the reference.
 
@@ -38,7 +39,11 @@ def prepare_with_reference(
 
 
 def reference_logprobs(
-    config: PairConfig, ref_model: str, fingerprint: str, accelerator: Any, place: cluster.Place
+    config: PairConfig,
+    ref_model: str,
+    fingerprint: str,
+    accelerator: Any,
+    place: Place,
 ) -> Repo:
     """Return the pairs with the log-probs of a reference that isn't the policy to train.
 
@@ -54,8 +59,8 @@ def reference_logprobs(
     if accelerator.distributed_type.value not in SHARDED:
         model = replace(config, base_model=ref_model)
         return fill_from_disk(model, temperature, accelerator, place, COLUMN, fingerprint)
-    key = cluster.key_of(theirs, fingerprint, place.source.turns, temperature, config)
-    held = cluster.valid(place, cluster.Wanted(COLUMN, key, ref_model))
+    key = key_of(theirs, fingerprint, place.source.turns, temperature, config)
+    held = cluster.valid(place, Wanted(COLUMN, key, ref_model))
     if held is None:
         raise DataError(
             f"{accelerator.distributed_type.value} prepares one model in a process, so the "
@@ -74,7 +79,7 @@ def load_tokenizer(name: str, config: LoadConfig) -> Any:
         raise DataError(f"can't load the tokenizer of {name!r}: {error}") from error
 
 
-def command(config: PairConfig, ref_model: str, place: cluster.Place) -> str:
+def command(config: PairConfig, ref_model: str, place: Place) -> str:
     """Return the command that computes the reference's log-probs of a run."""
     flags = {
         "query_dataset": config.task.query_dataset,
@@ -104,14 +109,14 @@ def fill_from_disk(
     config: LoadConfig,
     temperature: float,
     accelerator: Any,
-    place: cluster.Place,
+    place: Place,
     column: str,
     fingerprint: str,
 ) -> Repo:
     """Load `base_model`, let it fill a column of log-probs, and let go of it."""
     scorer, tokenizer = load_scorer(config, temperature, accelerator)
-    key = cluster.key_of(tokenizer, fingerprint, place.source.turns, temperature, config)
-    repo = cluster.fill(scorer, place, cluster.Wanted(column, key, config.base_model))
+    key = key_of(tokenizer, fingerprint, place.source.turns, temperature, config)
+    repo = cluster.fill(scorer, place, Wanted(column, key, config.base_model))
     del scorer
     accelerator.free_memory()
     return repo

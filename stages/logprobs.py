@@ -44,25 +44,25 @@ class Config(LoadConfig):
 
 def main(config: Config) -> None:
     """Load one model after the other, and compute or reuse its log-probs."""
-    from pipeline import cluster
+    from pipeline import logprob_keys
     from pipeline.reference import fill_from_disk, refuse_two_models
     from pipeline.sources import open_source
     from pipeline.strategy import start, stop
 
     source = open_source(config.query_dataset, config.turns)
-    named = {column: getattr(config, flag) for column, flag in cluster.MODELS.items()}
+    named = {column: getattr(config, flag) for column, flag in logprob_keys.MODELS.items()}
     named = {column: name for column, name in named.items() if name}
     fingerprints = {column: store.fingerprint_model(name) for column, name in named.items()}
     accelerator = start(config.precision, config.num_processes)
     if len(named) > 1:
         refuse_two_models(accelerator)
-    place = cluster.cluster_place(source, config.cluster)
+    place = logprob_keys.cluster_place(source, config.cluster)
     for column, name in named.items():
         model = replace(config, base_model=name)
         asked = (column, fingerprints[column])
-        repo = fill_from_disk(model, config.temperature, accelerator, place, *asked)
-        told = f"{cluster.NAMES[column]} of {config.query_dataset} are in {repo.name}"
-        accelerator.print(told)
+        fill_from_disk(model, config.temperature, accelerator, place, *asked)
+        what = logprob_keys.NAMES[column]
+        accelerator.print(f"{what} of {config.query_dataset} are in {place.folder}")
     stop(accelerator)
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from pipeline import cluster, logprob_rows, store
+from pipeline import cluster, logprob_keys, logprob_rows, store
 from pipeline.balance import Budget
 from pipeline.errors import DataError
 from pipeline.logprob_rows import Scorer
@@ -35,16 +35,16 @@ def scorer(seed: int = 5) -> Scorer:
     return Scorer(accelerator, policy, Budget(256))
 
 
-def place(name: str, turns: str = "mask") -> cluster.Place:
-    return cluster.cluster_place(open_source(name, turns), "c")
+def place(name: str, turns: str = "mask") -> logprob_keys.Place:
+    return logprob_keys.cluster_place(open_source(name, turns), "c")
 
 
 def asked(
     column: str = "old_logprob", model: str = "f1", temperature: float = 0.8, turns: str = "mask"
-) -> cluster.Wanted:
+) -> logprob_keys.Wanted:
     config = LoadConfig(dtype="fp32")
-    key = cluster.key_of(trainables.tokenizer(), model, turns, temperature, config)
-    return cluster.Wanted(column, key, "./policy")
+    key = logprob_keys.key_of(trainables.tokenizer(), model, turns, temperature, config)
+    return logprob_keys.Wanted(column, key, "./policy")
 
 
 def fill(name: str, seed: int = 5, **changes: Any) -> store.Repo:

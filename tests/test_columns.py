@@ -64,7 +64,9 @@ def test_a_pair_is_read_with_its_numbers_and_rewards(tmp_path: Path) -> None:
 
 def test_groups_join_the_rollouts_of_a_prompt(tmp_path: Path) -> None:
     repo = store.open_repo(multiturn.groups_repo(tmp_path / "groups", (3, 1, 4)))
-    batches = list(repo.batches("train"))
+    # The border between two batches runs through the last group.
+    batches = list(repo.batches("train", batch_rows=5))
+    assert [batch.num_rows for batch in batches] == [5, 3]
 
     groups, rollouts = columns.groups(batches, {}), columns.rollouts(batches, {})
 

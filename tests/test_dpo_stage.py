@@ -1,8 +1,10 @@
 """DPO as a user runs it: pairs, a policy and perhaps a reference in, a policy folder out."""
 
 import dataclasses
+import gc
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM
 
-from pipeline import store
+from pipeline import reference, store
 from pipeline.columns import PAIR_SIDES
 from pipeline.config import parse
 from pipeline.errors import DataError
@@ -118,6 +120,22 @@ def test_all_turns_train_or_the_forked_one(made: Path, tmp_path: Path) -> None:
     assert sums["forked"] == [row[1].end - row[1].start for row in spans]
 
 
+def test_turns_inside_the_shared_prefix_train_alike_packed_or_not(
+    made: Path, tmp_path: Path
+) -> None:
+    for packing in ("auto", "none"):
+        stage.main(config_of(made, tmp_path / packing, packing=packing, lr=1e-2))
+        AcceleratorState._reset_state(True)
+
+    packed, apart = (steps(tmp_path / packing) for packing in ("auto", "none"))
+    assert len(packed) == 6
+    assert abs(packed[-1]["loss"] - packed[0]["loss"]) > 0.1
+    for name in ("loss", "grad_norm", "delta_chosen"):
+        assert [line[name] for line in packed] == pytest.approx(
+            [line[name] for line in apart], rel=1e-3, abs=1e-5
+        )
+
+
 def test_all_turns_of_pairs_that_end_at_the_fork_are_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenize_masks.py .* --mask all"):
         stage.main(config_of(made, tmp_path / "out", pairs="forked"))
@@ -162,6 +180,25 @@ def summed(model: Any, row: dict[str, Any], side: str) -> float:
         logps = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
     chosen = logps.gather(-1, ids[1:, None])[:, 0]
     return float(chosen[torch.tensor(row[f"{side}_mask"][1:], dtype=torch.bool)].sum())
+
+
+def test_the_reference_is_gone_before_the_policy_is_loaded(made: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(one) is LlamaForCausalLM for one in gc.get_objects())
+
+    before, counts = alive(), []
+    config = config_of(made, tmp_path / "out", ref_model=str(made / "other"))
+    with pytest.MonkeyPatch.context() as patch:
+        # Where the policy is loaded, to count and to stop.
+        patch.setattr(reference, "prepare", lambda *_: counts.append(alive()) or sys.exit())
+        with pytest.raises(SystemExit):
+            stage.main(config)
+
+    assert counts == [before]
+    assert (tmp_path / "out.work" / "logprobs" / "turnwise.json").exists()
 
 
 def test_a_reference_of_another_vocabulary_is_refused(made: Path, tmp_path: Path) -> None:

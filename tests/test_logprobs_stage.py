@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM
 
-from pipeline import cluster, reference, store
+from pipeline import logprob_keys, reference, store
 from pipeline.config import parse
 from pipeline.errors import DataError
 from pipeline.preferences import PairConfig, Task
@@ -137,7 +137,7 @@ def test_the_command_that_makes_reference_log_probs_makes_those_that_are_wanted(
         dtype="fp32",
         task=Task(query_dataset=pairs, cluster="c", temperature=0.7),
     )
-    place = cluster.cluster_place(open_pairs(pairs, "all"), "c")
+    place = logprob_keys.cluster_place(open_pairs(pairs, "all"), "c")
     ref_model = str(models / "other")
     wanted = (config, ref_model, store.fingerprint_model(ref_model), sharded(), place)
     with pytest.raises(DataError, match="must be there first") as caught:

@@ -104,6 +104,23 @@ def test_a_published_pair_that_trains_its_first_id_is_named(tmp_path: Path) -> N
         list(open_pairs(name).batches("train"))
 
 
+def test_masks_of_several_blocks_are_the_turns_of_the_policy(tmp_path: Path) -> None:
+    # The layout of DPO pairs over whole dialogues: an answer of one id, a question, an answer.
+    row = multiturn.published_row([4, 5, 6], [7, 8, 9])
+    for side in ("chosen", "reject"):
+        row[side] = row[side][:4]
+        row[f"{side}_mask"][:6] = [0, 1, 0, 0, 1, 1]
+    name = multiturn.published_repo(tmp_path / "published", [row])
+
+    (batch,) = open_pairs(name, "all").batches("train")
+    (pair,) = map(pair_from_row, batch.to_pylist())
+    assert pair.chosen.sequence.spans == [Span(0, 1, 2), Span(1, 4, 6)]
+    assert pair.chosen.sequence.mask.tolist() == [0, 1, 0, 0, 1, 1]
+    (batch,) = open_pairs(name, "forked").batches("train")
+    (pair,) = map(pair_from_row, batch.to_pylist())
+    assert pair.reject.sequence.mask.tolist() == [0, 0, 0, 0, 1, 1]
+
+
 def test_published_pairs_hold_their_forked_turn_only(tmp_path: Path) -> None:
     name = multiturn.published_repo(tmp_path / "published", [multiturn.published_row([4], [5])])
 
