@@ -190,6 +190,8 @@ def shard_on_cpu_too(state: Any, plugin: Any) -> None:
     from accelerate.state import PartialState
 
     if state.distributed_type == DistributedType.MULTI_CPU:
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
         state.fsdp_plugin = plugin
         state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
