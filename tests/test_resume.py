@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.schedule import plan_updates
+from stages import refuel
 from tests import trainables
 from tests.test_distributed import BIN, CONFIGS, ROOT, free_port
 
@@ -191,3 +193,27 @@ def test_two_processes_killed_while_they_save_go_on_to_the_same_bits(
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert curves(one) == curves(other)
+
+
+def test_every_rank_names_the_prompts_of_all_ranks_when_the_loss_is_not_finite(
+    tmp_path: Path,
+) -> None:
+    trainables.policy_folder(tmp_path / "policy")
+    trainables.pairs_repo(tmp_path / "pairs", train=12)
+    command = [*accelerate("multi_cpu.yaml"), *flags(tmp_path, tmp_path / "out", local=2)]
+
+    done = subprocess.run(
+        [*command, "--refuel.eta", "1e200"],  # its square is more than float64 holds
+        env=environment(**CPU),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+    assert done.returncode != 0
+    first = plan_updates(12, 4, 64, refuel.Config.seed)[0]
+    prompts = ", ".join(sorted(f"p{i:03d}" for i in first))
+    told = f"error: update 1: the loss is not finite for the prompts {prompts}. No step"
+    assert done.stderr.count(told) == 2
+    assert not (tmp_path / "out").exists()

@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState
 from pipeline.balance import Budget
 from pipeline.errors import DataError
 from pipeline.logprobs import MaskedLogprobs
-from pipeline.losses import refuel, token_nll
-from pipeline.packing import Example
+from pipeline.losses import Loss, refuel, token_nll
+from pipeline.packing import Example, MicroBatch
 from pipeline.preferences import differences
-from pipeline.training import Trainer, evaluate, train_steps
+from pipeline.training import Trainer, evaluate, finite_norm, train_steps
 from tests import trainables
 
 ETA = 2.0
@@ -154,16 +154,74 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it() -> None:
     assert clipped == [pytest.approx(0.5, rel=1e-4)]
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_prompts() -> None:
-    made = trainer()
+@pytest.mark.parametrize("tokens", [1, 4096], ids=["one pass each", "one pass"])
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_prompts(
+    tokens: int,
+) -> None:
+    made = trainer(tokens)
     examples = trainables.examples(4)
-    examples[2].strands["reject"].numbers["old_logprob"][0] = np.nan
-    before = weights(made)
+    for i in (0, 2):
+        examples[i].strands["reject"].numbers["old_logprob"][0] = np.nan
+    before, steps = weights(made), []
+    made.optimizer.optimizer.register_step_pre_hook(lambda *_: steps.append(1))
 
-    with pytest.raises(DataError, match=r"not finite for the prompts p002\."):
+    with pytest.raises(DataError, match=r"update 1: .* not finite for the prompts p000, p002\."):
         list(train_steps(made, examples, [range(4)], lambda u: 1e-3))
 
     assert torch.equal(weights(made), before)
+    assert steps == []
+
+
+def test_evaluation_names_the_prompts_whose_loss_is_not_finite() -> None:
+    examples = trainables.examples(4)
+    examples[3].strands["chosen"].numbers["old_logprob"][0] = np.inf
+
+    with pytest.raises(DataError, match=r"evaluation: .* not finite for the prompts p003\."):
+        evaluate(trainer(), examples)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
+    made = trainer()
+
+    def steep(logps_N: torch.Tensor, batch: MicroBatch) -> Loss:
+        loss = made.loss(logps_N, batch)
+        zero = (logps_N - logps_N.detach()).abs().sum().sqrt()  # its slope at 0 is infinite
+        return Loss(loss.numerators + zero, loss.weights, loss.metrics)
+
+    before = weights(made)
+
+    with pytest.raises(DataError, match=r"update 2: the gradient norm is nan\."):
+        list(
+            train_steps(
+                dataclasses.replace(made, loss=steep),
+                trainables.examples(4),
+                [range(2), range(2, 4)],
+                lambda u: 1e-3,
+                done=1,
+            )
+        )
+
+    assert torch.equal(weights(made), before)
+
+
+@pytest.mark.parametrize("norm", [-1.0, float("inf")])
+def test_a_norm_that_deepspeed_gives_for_overflow_is_refused(norm: float) -> None:
+    with pytest.raises(DataError, match=f"update 7: the gradient norm is {norm}"):
+        finite_norm(norm, 7)
+
+
+def test_padding_and_examples_are_told() -> None:
+    made = dataclasses.replace(trainer(), budget=Budget(10_000, layout="apart"))
+    examples = trainables.examples(6)
+    read = [len(s.ids) - 1 for e in examples for s in e.strands.values()]
+
+    one, other = train_steps(made, examples, [range(6), range(2)], lambda u: 1e-3)
+
+    assert one["padding_share"] == pytest.approx(1 - sum(read) / (len(read) * max(read)))
+    assert (one["examples_seen"], other["examples_seen"]) == (6, 8)
+    flat = dataclasses.replace(trainer(), budget=Budget(10_000, layout="chains"))
+    (packed,) = train_steps(flat, examples, [range(6)], lambda u: 1e-3)
+    assert packed["padding_share"] == 0
 
 
 def test_sft_divides_by_all_trained_ids_of_the_step() -> None:
