@@ -7,8 +7,9 @@
 - `state.json`, written last: the update, how it was run, the last metrics, the sha256 of those
   files and of the model's manifest.
 
-Nothing else decides the next update: its examples and its learning rate are functions of its
-number, and so is what a policy draws (`train_steps` seeds it).
+On several nodes all ranks have to see that folder. Nothing else decides the next update: its
+examples and its learning rate are functions of its number, and so is what a policy draws
+(`train_steps` seeds it).
 """
 
 import json

@@ -1,6 +1,7 @@
 """Stage configs: identity, aliases, errors that are one line."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
@@ -41,6 +42,28 @@ def test_execution_fields_stay_out_of_the_identity():
         "names": ["a"],
         "public": False,
     }
+
+
+@dataclass(frozen=True)
+class Resolving:
+    """Decide by what a setting resolves to."""
+
+    DECIDING: ClassVar[tuple[str, ...]] = ("size",)
+
+    local: int = execution(2)
+    """Examples of a process."""
+    processes: int = execution(4)
+    """Processes."""
+
+    @property
+    def size(self) -> int:
+        return self.local * self.processes
+
+
+def test_what_settings_resolve_to_enters_the_identity_in_their_place():
+    assert identity(Resolving()) == {"size": 8}
+    assert identity(Resolving(local=8, processes=1)) == identity(Resolving())
+    assert identity(Resolving(local=8)) == {"size": 32}
 
 
 def test_hash_ignores_order_and_sees_values():

@@ -180,6 +180,34 @@ def test_bf16_trains_float32_masters_and_saves_bf16(made: Path, tmp_path: Path) 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_the_precision_that_is_active_decides_and_not_the_flag(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = refuel_config(made, tmp_path / "out", total_episodes=4)
+    refuel.main(config)
+
+    refuel.main(dataclasses.replace(config, dtype="fp32"))  # what auto meant: finished already
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(DataError, match=r'config\.precision: "fp32" -> "bf16"'):
+        refuel.main(config)
+
+
+def test_an_update_of_other_examples_is_another_run_however_they_are_dealt(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = refuel_config(made, tmp_path / "out", total_episodes=4)
+    refuel.main(config)
+
+    refuel.main(
+        dataclasses.replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    )
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match=r"config\.examples_per_update: 4 -> 8"):
+        refuel.main(config)
+
+
 def test_flags_of_the_seed_are_read_under_their_names() -> None:
     argv = (
         "--task.query_dataset org/pairs --task.cluster c --task.total_length 1024 "
@@ -198,8 +226,10 @@ def test_flags_of_the_seed_are_read_under_their_names() -> None:
 
 
 def test_every_problem_of_a_config_is_said_at_once() -> None:
+    wrong: dict[str, Any] = {"warmup_ratio": 1.0, "per_device_train_batch_size": 0}
+    wrong |= {"total_episodes": 0, "keep_checkpoints": 0, "save_every_updates": -1}
     with pytest.raises(DataError) as caught:
-        refuel.Config(warmup_ratio=1.0, per_device_train_batch_size=0, total_episodes=0)
+        refuel.Config(**wrong)
 
     for part in (
         "--base_model is missing",
@@ -207,6 +237,8 @@ def test_every_problem_of_a_config_is_said_at_once() -> None:
         "--task.query_dataset is missing",
         "--warmup_ratio 1.0: at least 0 and less than 1",
         "--per_device_train_batch_size 0: at least 1",
+        "--keep_checkpoints 0: at least 1",
+        "--save_every_updates -1: at least 0",
         "--total_episodes 0: at least 1",
     ):
         assert part in str(caught.value)

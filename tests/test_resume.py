@@ -25,13 +25,14 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import accelerate, deepspeed, torch, transformers
-from pipeline import checkpoints, cluster, preferences, training
+import pipeline.checkpoints
+from pipeline import cluster, preferences, training
 from pipeline.config import parse
 from stages import refuel
 
 out, *patterns = sys.argv[1].split(",")
 sys.argv = ["stages/refuel.py", *sys.argv[2:]]
-delays = random.Random(3)
+checkpoints, delays = out + ".checkpoints", random.Random(3)
 
 def seen(pattern):
     try:
@@ -47,6 +48,8 @@ for pattern in [*patterns, None]:
         sys.stdout.flush()
         os._exit(0)
     while pattern and not seen(pattern) - before:
+        there = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+        assert len(there) <= 2, there  # the one that is kept, and one being built or removed
         assert os.waitpid(child, os.WNOHANG) == (0, 0), f"it ended before {pattern} was there"
         time.sleep(0.001)
     if pattern:
