@@ -73,6 +73,10 @@ class MaskedLogprobs(nn.Module):
         self.kept = KEPT_ELEMENTS // self.vocabulary if kept is None else kept
         self.shape_logits = _logit_shaper(text_config)
 
+    def tie_weights(self) -> None:
+        """Tie the head to the embeddings again: accelerate asks so when it has replaced weights."""
+        self.model.tie_weights()
+
     def forward(
         self,
         ids_BT: Tensor,

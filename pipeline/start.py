@@ -168,8 +168,10 @@ def load(config: LoadConfig, temperature: float, accelerator: Any) -> tuple[Any,
     )
     refuse_quantised(model, config.base_model)
     policy = MaskedLogprobs(model, temperature)
-    # ZeRO-3 loads shards, which can't be probed outside of its engine.
-    if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+    # ZeRO-3 loads shards, which can't be probed outside of its engine; under FSDP other ranks may
+    # load nothing and wait for rank 0's weights.
+    shards = any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
+    if accelerator.is_main_process and not shards:
         check_head(policy)
     return policy, tokenizer
 

@@ -13,7 +13,6 @@ CONFIGS = sorted((Path(__file__).parent.parent / "accelerate_cfgs").glob("*.yaml
 OTHER = {
     "distributed_type": "NO",
     "fsdp_auto_wrap_policy": "NO_WRAP",
-    "fsdp_cpu_ram_efficient_loading": True,
     "fsdp_version": 1,
     "mixed_precision": "fp16",
     "num_machines": 2,

@@ -241,6 +241,8 @@ def test_deepspeed_in_bf16_sums_gradients_as_one_process_does(
         assert f"{processes} process(es), DEEPSPEED ZeRO-{stage}, cpu, bf16" in said
         lines = [line for line in trainables.metrics(out) if "grad_norm" in line]
         norms.append([line["grad_norm"] for line in lines])
+    assert norms[1][0] == pytest.approx(norms[0][0], rel=1e-6)
+    # From then on a weight may be rounded to another neighbour in bf16.
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 

@@ -71,15 +71,8 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         (FSDP, []),
         ({"ACCELERATE_USE_FSDP": "true"}, ["FSDP1 is not supported: write `fsdp_version: 2`"]),
         (
-            {
-                **FSDP,
-                "FSDP_ACTIVATION_CHECKPOINTING": "true",
-                "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-            },
-            [
-                "fsdp_activation_checkpointing: turn it off, use --gradient_checkpointing",
-                "fsdp_cpu_ram_efficient_loading: turn it off",
-            ],
+            {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            ["fsdp_activation_checkpointing: turn it off, use --gradient_checkpointing"],
         ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM: choose DEEPSPEED or FSDP"]),
         (
