@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 def test_a_run_stopped_often_goes_on_to_the_same_bits(
     policy: str, whole: Path, tmp_path: Path
 ) -> None:
-    config = config_for(policy, tmp_path / "it1", save_every_updates=1, keep_checkpoints=1)
+    config = config_for(policy, tmp_path / "it1", save_every_updates=1, keep_checkpoints=3)
     for stop_in in (1, 2, 1, 4):
         with pytest.raises(Stopped):
             again(config, stop_in=stop_in)
@@ -161,6 +161,9 @@ def test_a_run_stopped_often_goes_on_to_the_same_bits(
     again(config)
 
     assert_same_run(whole, tmp_path / "it1")
+    fifth = tmp_path / "it1.checkpoints" / "update-000005"  # the first after the last stop
+    told = json.loads((fifth / "turnwise.json").read_text())["metrics"]
+    assert told["val_loss"] == curves(whole)[4]["val_loss"]
 
 
 def test_adapters_go_on_to_the_same_bits(policy: str, tmp_path: Path) -> None:
