@@ -59,12 +59,7 @@ def save(ready: Any, config: Any, output: Any, update: int, metrics: Mapping[str
             output.fill(
                 building_of(placed),
                 lambda folder: write_folder(model, weights, ready.tokenizer, folder, dtype),
-                {
-                    "name": str(placed),
-                    "counts": {},
-                    "metrics": metrics,
-                    "extra": {"update": update},
-                },
+                {"name": str(placed), "metrics": metrics, "extra": {"update": update}},
             )
             state = {"update": update, "metrics": dict(metrics), **how_run(accelerator, output)}
             write_state(building_of(placed), state, entries)
@@ -94,15 +89,7 @@ def resume(ready: Any, config: Any, output: Any) -> tuple[int, dict[str, float]]
     for folder in [p for p in output.checkpoints() if (p / RESUME).exists()]:
         problem = first_of(accelerator, damage(folder, accelerator))
         if problem is None:
-            state = read_state(folder)
-            refuse_other(state, accelerator, output, folder)
-            load_shard(ready.policy, ready.optimizer, shard_path(folder / RESUME, accelerator))
-            if accelerator.is_main_process:
-                manifests.write_atomically(
-                    output.work / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()
-                )
-            say(f"going on after update {state['update']}, from {folder}")
-            return state["update"], state["metrics"]
+            return load(ready, output, folder)
         say(f"{folder} is damaged and left aside: {problem}")
         problems.append(f"{folder}: {problem}")
     if problems:
@@ -111,6 +98,18 @@ def resume(ready: Any, config: Any, output: Any) -> tuple[int, dict[str, float]]
             "removes them and starts from the base model"
         )
     return 0, {}
+
+
+def load(ready: Any, output: Any, folder: Path) -> tuple[int, dict[str, float]]:
+    """Bring policy, optimizer and metrics.jsonl to a sound checkpoint. Call on every rank."""
+    accelerator, state = ready.accelerator, read_state(folder)
+    refuse_other(state, accelerator, output, folder)
+    load_shard(ready.policy, ready.optimizer, shard_path(folder / RESUME, accelerator))
+    if accelerator.is_main_process:
+        lines = (folder / "metrics.jsonl").read_bytes()
+        manifests.write_atomically(output.work / "metrics.jsonl", lines)
+    say(f"going on after update {state['update']}, from {folder}")
+    return state["update"], state["metrics"]
 
 
 def how_run(accelerator: Any, output: Any) -> dict[str, Any]:
