@@ -137,6 +137,8 @@ def deepspeed_problems(config: Mapping[str, Any], dtype: str) -> list[str]:
             f"the DeepSpeed config says {active}, --dtype says {dtype}: make them agree on fp32 or "
             'bf16 (`"bf16": {"enabled": true}`)'
         )
+    if config.get("zero_optimization", {}).get("stage", 0) == 0:
+        found.append("ZeRO stage 0 shards nothing: choose 1, 2 or 3, or distributed_type MULTI_GPU")
     if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
         found.append("the DeepSpeed config asks for tensor parallelism, which is not supported")
     return found

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from pipeline.errors import DataError
 from pipeline.strategy import (
@@ -16,6 +17,7 @@ from pipeline.strategy import (
     name_of,
     refuse_other_strategy,
     refuse_unsharded,
+    start,
 )
 from tests import trainables
 
@@ -115,17 +117,30 @@ BF16 = {"bf16": {"enabled": True}, "fp16": {"enabled": False}}
             "fp32",
             ["'optimizer': remove it", "'scheduler': remove it"],
         ),
+        ({"zero_optimization": {"stage": 0}}, "fp32", ["stage 0 shards nothing"]),
         ({"tensor_parallel": {"autotp_size": 2}}, "fp32", ["tensor parallelism"]),
     ],
 )
 def test_a_deepspeed_config_file_that_contradicts_the_flags_is_refused(
     config: dict[str, Any], dtype: str, complaints: list[str]
 ) -> None:
-    found = deepspeed_problems(config, dtype)
+    found = deepspeed_problems({"zero_optimization": {"stage": 2}} | config, dtype)
 
     assert len(found) == len(complaints)
     for problem, complaint in zip(found, complaints, strict=True):
         assert complaint in problem
+
+
+def test_a_launchers_accumulation_steps_divide_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = start("fp32")
+    weight = torch.ones(1, requires_grad=True)
+
+    accelerator.backward(3 * weight.sum())
+
+    AcceleratorState._reset_state(True)
+    assert weight.grad is not None
+    assert weight.grad.item() == 3
 
 
 def test_deepspeed_clips_at_what_the_stage_says_and_never_divides() -> None:
