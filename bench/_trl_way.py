@@ -1,8 +1,8 @@
 """TRL's way to train DPO on the same pairs: its DPOTrainer, with reference log-probs precomputed.
 
-Fastest on a CPU, of what its options offer there: one pair a device batch, padded to the longer of
-its two rows, no gradient checkpointing. Its kernels (Liger) need a GPU, and `padding_free` is
-switched off in 1.16. Loading, tokenizing and the reference log-probs are not timed.
+One pair a device batch, padded to the longer of its two rows (more pairs would pad more), and no
+gradient checkpointing. Its kernels (Liger) need a GPU, and `padding_free` is switched off in 1.16.
+Loading, tokenizing and the reference log-probs are not timed.
 """
 
 import tempfile
