@@ -257,17 +257,11 @@ def collate(
     examples: Sequence[Example], layout: Layout, device: torch.device, counted: bool = True
 ) -> MicroBatch:
     """Turn examples into the tensors of one forward pass."""
-    rows: list[Row] = []
-    strands: list[Strand] = []
+    rows = laid_out(examples, layout)
+    strands = [strand for example in examples for strand in example.strands.values()]
     roles: dict[str, list[int]] = {}
-    for example in examples:
-        arranged = arrange(example, layout)
-        rows += [replace(row, owners=row.owners + len(strands)) for row in arranged]
-        for role, strand in example.strands.items():
-            roles.setdefault(role, []).append(len(strands))
-            strands.append(strand)
-    if layout in FLAT:
-        rows = [side_by_side(rows)]
+    for at, role in enumerate(role for example in examples for role in example.strands):
+        roles.setdefault(role, []).append(at)
     plain = layout not in FLAT and all(len(row.branches) == 1 for row in rows)
     step = FLEX_STEP if layout == "flex" else 1
 
@@ -294,6 +288,17 @@ def collate(
         tokens=sum(len(row.ids) for row in rows),
         counted=counted,
     )
+
+
+def laid_out(examples: Sequence[Example], layout: Layout) -> list[Row]:
+    """Return the rows of a micro-batch; their owners count its members."""
+    rows: list[Row] = []
+    members = 0
+    for example in examples:
+        arranged = arrange(example, layout)
+        rows += [replace(row, owners=row.owners + members) for row in arranged]
+        members += len(example.strands)
+    return [side_by_side(rows)] if layout in FLAT else rows
 
 
 def predictions(rows: Sequence[Row]) -> tuple[Ids, Ids, Ids]:
