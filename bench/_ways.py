@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline import losses, preferences, start
 from pipeline.logprob_rows import logprobs, scorer_of
-from pipeline.packing import Example, MicroBatch, Strand
+from pipeline.microbatches import MicroBatch
+from pipeline.packing import Example, Strand
 from pipeline.training import train_steps
 
 # So small that what is measured doesn't depend on how far the weights have moved.

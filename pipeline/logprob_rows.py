@@ -13,7 +13,8 @@ from pipeline import columns, store
 from pipeline.balance import Budget
 from pipeline.columns import of_side
 from pipeline.errors import DataError
-from pipeline.packing import Example, Layout, collate
+from pipeline.microbatches import collate
+from pipeline.packing import Example, Layout
 from pipeline.records import FLOATS, FloatArray
 from pipeline.training import my_batches
 

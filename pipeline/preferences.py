@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     from pipeline.logprob_keys import Place
     from pipeline.losses import Loss
-    from pipeline.packing import Example, MicroBatch
+    from pipeline.microbatches import MicroBatch
+    from pipeline.packing import Example
     from pipeline.repos import Repo
     from pipeline.sources import Source
     from pipeline.training import Trainer

@@ -8,7 +8,8 @@ import torch
 from transformers import AttentionInterface
 
 from pipeline.attention import CHAINS, chain_attention
-from pipeline.packing import Example, Layout, Strand, collate
+from pipeline.microbatches import collate
+from pipeline.packing import Example, Layout, Strand
 from pipeline.records import Segment
 
 TOLERANCE = {"fp32": 1e-3, "low": 0.25}

@@ -16,7 +16,8 @@ from pipeline import checkpoints
 from pipeline.balance import Budget, plan_micro_batches, sizes_of
 from pipeline.errors import DataError
 from pipeline.losses import Loss
-from pipeline.packing import Example, MicroBatch, collate
+from pipeline.microbatches import MicroBatch, collate
+from pipeline.packing import Example
 from pipeline.schedule import lr_at, plan_updates
 from pipeline.seeds import seed_for
 from pipeline.tracking import Metrics

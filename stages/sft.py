@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.losses import Loss
-    from pipeline.packing import MicroBatch
+    from pipeline.microbatches import MicroBatch
 
 COLUMNS = ("prompt_id", "token", "mask", "segments")
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from pipeline import checkpoints, manifest, store
 from pipeline.errors import DataError
 from pipeline.losses import Loss, refuel
+from pipeline.microbatches import MicroBatch
 from pipeline.models import finish_policy
-from pipeline.packing import MicroBatch
 from pipeline.preferences import differences, trainer_of
 from pipeline.start import TrainConfig, prepare
 from pipeline.training import fit

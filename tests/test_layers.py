@@ -31,6 +31,7 @@ GROUND = {
     "filters",
     "logprobs",
     "losses",
+    "microbatches",
     "packing",
     "plans",
     "records",

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from pipeline.errors import DataError
 from pipeline.logprobs import MaskedLogprobs, _logit_shaper, check_head, chunked_logps
-from pipeline.packing import collate
+from pipeline.microbatches import collate
 from tests import trainables
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.logprobs import MaskedLogprobs
 from pipeline.losses import dpo, member_sums, refuel, token_nll
-from pipeline.packing import collate
+from pipeline.microbatches import collate
 from tests import trainables
 
 

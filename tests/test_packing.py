@@ -5,16 +5,8 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.packing import (
-    Branch,
-    Example,
-    Row,
-    Strand,
-    arrange,
-    collate,
-    longest_context,
-    member_rows,
-)
+from pipeline.microbatches import collate
+from pipeline.packing import Branch, Example, Row, Strand, arrange, longest_context, member_rows
 from pipeline.records import Segment
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3
 
 from pipeline.attention import dense_mask
 from pipeline.logprobs import MaskedLogprobs
-from pipeline.packing import Branch, Example, Layout, Strand, collate
+from pipeline.microbatches import collate
+from pipeline.packing import Branch, Example, Layout, Strand
 from pipeline.probe import IMPLEMENTATION, choose_layout
 from pipeline.records import Segment
 from tests import trainables

@@ -14,7 +14,8 @@ from pipeline.balance import Budget
 from pipeline.errors import DataError
 from pipeline.logprobs import MaskedLogprobs
 from pipeline.losses import Loss, refuel, token_nll
-from pipeline.packing import Example, MicroBatch
+from pipeline.microbatches import MicroBatch
+from pipeline.packing import Example
 from pipeline.preferences import differences
 from pipeline.training import Trainer, evaluate, finite_norm, train_steps
 from tests import trainables

@@ -20,7 +20,8 @@ from pipeline.balance import Budget
 from pipeline.logprob_rows import Scorer, logprobs
 from pipeline.logprobs import MaskedLogprobs
 from pipeline.losses import dpo
-from pipeline.packing import Example, Layout, Strand, collate
+from pipeline.microbatches import collate
+from pipeline.packing import Example, Layout, Strand
 from pipeline.preferences import differences
 from pipeline.probe import IMPLEMENTATION
 from pipeline.records import Segment
