@@ -29,26 +29,12 @@ def start(
     `num_processes` 0 takes whatever is active; `curves` is where a tracker may write files. Raises
     DataError where something else is active.
     """
-    import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.utils import GradientAccumulationPlugin
     from transformers.utils import logging
 
     refuse(launch_problems(dtype, os.environ, bf16_works()))
-    # accelerate takes a backend as proof that a process group exists.
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    backend = None if alone or torch.cuda.is_available() else "gloo"
     sharding = fsdp_plugin(dtype) if asked(os.environ, "ACCELERATE_USE_FSDP") else None
-    accelerator = Accelerator(
-        mixed_precision="bf16" if dtype == "bf16" else "no",
-        log_with=None if tracker == "none" else tracker,
-        project_dir=None if tracker == "none" else curves,
-        fsdp_plugin=sharding,
-        # Else a launcher's number of steps would divide every loss: train_step divides it.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # Rank 0 alone downloads and writes; the others wait for it.
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3))],
-    )
+    trackers = {} if tracker == "none" else {"log_with": tracker, "project_dir": curves}
+    accelerator = accelerator_of(dtype, sharding, trackers)
     if sharding is not None:
         shard_on_cpu_too(accelerator.state, sharding)
     refuse_other_strategy(accelerator.state, num_processes, os.environ)
@@ -63,6 +49,26 @@ def start(
         f"{accelerator.device}, {dtype}"
     )
     return accelerator
+
+
+def accelerator_of(dtype: str, sharding: Any, trackers: Mapping[str, Any]) -> Any:
+    """Make the Accelerator, which starts the process group; DeepSpeed comes from the launcher."""
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import GradientAccumulationPlugin
+
+    # accelerate takes a backend as proof that a process group exists.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    backend = None if alone or torch.cuda.is_available() else "gloo"
+    return Accelerator(
+        mixed_precision="bf16" if dtype == "bf16" else "no",
+        fsdp_plugin=sharding,
+        # Else a launcher's number of steps would divide every loss: train_step divides it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Rank 0 alone downloads and writes; the others wait for it.
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3))],
+        **trackers,
+    )
 
 
 def name_of(state: Any) -> str:
