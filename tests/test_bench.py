@@ -112,7 +112,8 @@ def test_peak_memory_is_what_was_allocated_in_between():
     held = torch.ones(2**24)  # 64 MB
     del held
     clock.stop()
-    assert 2**26 <= clock.peak_bytes < 1.2 * 2**26
+    # The resident set counts pages: a few may have been there before.
+    assert 0.9 * 2**26 <= clock.peak_bytes < 1.2 * 2**26
 
 
 def test_a_stopwatch_adds_shares():
