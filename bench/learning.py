@@ -128,7 +128,13 @@ def gain(scores: Sequence[Sequence[Scores]]) -> tuple[float, float]:
 
     Worked by hand: gains .06, .07, .08 have mean .07, sd .01, half-width 4.303 x .01 / √3 = .0248.
     """
-    return over_seeds([float(np.nanmean(last - first)) for first, *_, last in scores])
+    return gains(scores)[-1]
+
+
+def gains(scores: Sequence[Sequence[Scores]]) -> list[tuple[float, float]]:
+    """Return (mean, half-width over seeds) of the gain over iteration 0 after each iteration."""
+    found_SI = [[float(np.nanmean(later - one[0])) for later in one] for one in scores]
+    return [over_seeds(values) for values in zip(*found_SI, strict=True)]
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
@@ -139,14 +145,8 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), T975[len(values)] * spread
 
 
-def by_iteration(scores: Sequence[Sequence[Scores]]) -> list[tuple[float, float]]:
-    """Return (mean, half-width over seeds) of the score after each iteration."""
-    means_SI = [[float(np.nanmean(values)) for values in one] for one in scores]
-    return [over_seeds(means) for means in zip(*means_SI, strict=True)]
-
-
 def print_table(scores: Mapping[str, Sequence[Sequence[Scores]]]) -> None:
-    """Print each seed's scores with intervals over prompts, and their mean with one over seeds."""
+    """Print each seed's scores with intervals over prompts, and the gains with one over seeds."""
     count = len(next(iter(scores.values()))[0])
     print(f"| final-turn score | {' | '.join(f'iteration {t}' for t in range(count))} |")
     print(f"|---|{'---:|' * count}")
@@ -155,32 +155,34 @@ def print_table(scores: Mapping[str, Sequence[Sequence[Scores]]]) -> None:
             found = [estimate(one) for one in values]
             cells = [f"{one.mean:.3f} ± {one.half_width:.3f}" for one in found]
             print(f"| {method}, seed {seed} | {' | '.join(cells)} |")
-        cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in by_iteration(seeds)]
-        print(f"| {method}, {len(seeds)} seeds | {' | '.join(cells)} |")
+        cells = [f"+{mean:.3f} ± {half:.3f}" for mean, half in gains(seeds)[1:]]
+        print(f"| {method}, gain over {len(seeds)} seeds | | {' | '.join(cells)} |")
 
 
 def picture(scores: Mapping[str, Sequence[Sequence[Scores]]]) -> bytes:
-    """Draw the score by iteration: a thin line for each seed, the mean with its interval."""
+    """Draw each seed's score by iteration, and beside it the gain with its interval over seeds."""
     from io import BytesIO
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for method, color in zip(scores, ("tab:blue", "tab:orange"), strict=True):
-        seeds = scores[method]
-        for values in seeds:
-            axes.plot([np.nanmean(one) for one in values], color=color, alpha=0.3, linewidth=1)
-        means, halves = zip(*by_iteration(seeds), strict=True)
+        for k, values in enumerate(scores[method]):
+            means = [np.nanmean(one) for one in values]
+            left.plot(means, "o-", color=color, markersize=3, label="" if k else method.upper())
+        found, halves = zip(*gains(scores[method]), strict=True)
         # A little apart, so that the intervals don't hide each other.
-        places = np.arange(len(means)) + (0.02 if method == "dpo" else -0.02)
-        style = {"marker": "o", "markersize": 4, "capsize": 3, "color": color}
-        axes.errorbar(places, means, yerr=halves, label=method.upper(), **style)
-    axes.set_xticks(range(len(means)))
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("final-turn score (95% interval over seeds)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        places = np.arange(len(found)) + (0.03 if method == "dpo" else -0.03)
+        right.errorbar(places, found, yerr=halves, fmt="o-", capsize=3, color=color)
+    right.axhline(0, color="grey", linewidth=0.8)
+    left.set_ylabel("final-turn score, a line for each seed")
+    right.set_ylabel("gain over iteration 0 (95% interval over seeds)")
+    for axes in (left, right):
+        axes.set_xticks(range(len(found)))
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+    left.legend()
     buffer = BytesIO()
     # No creation date and no version in the file, so the same numbers give the same bytes.
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})

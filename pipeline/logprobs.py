@@ -25,9 +25,9 @@ KEPT_ELEMENTS = 2**26
 """Logits of a forward pass, at most, that are kept for its backward pass: 256 MB in float32."""
 
 
-def chosen_logps(logits_CV: Tensor, targets_C: Tensor, temperature: float) -> Tensor:
-    """Return the float32 log-probs of the targets under softmax(logits / temperature)."""
-    return -F.cross_entropy(logits_CV.float() / temperature, targets_C, reduction="none")
+def chosen_logps(scaled_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """Return the log-probs of the targets under softmax(scaled), scaled = logits / temperature."""
+    return -F.cross_entropy(scaled_CV, targets_C, reduction="none")
 
 
 def chunked_logps(
@@ -102,8 +102,11 @@ class MaskedLogprobs(nn.Module):
         return logps_U if copies_N is None else logps_U[copies_N]
 
     def _head_logps(self, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        logits_CV = self.shape_logits(self.model.get_output_embeddings()(hidden_CD))
-        return chosen_logps(logits_CV, targets_C, self.temperature)
+        logits_CV = self.shape_logits(self.model.get_output_embeddings()(hidden_CD)).float()
+        if logits_CV.requires_grad:
+            return chosen_logps(logits_CV / self.temperature, targets_C)
+        # Nobody else has these logits: scaled where they are, they cost no second buffer.
+        return chosen_logps(logits_CV.div_(self.temperature), targets_C)
 
 
 def _logit_shaper(config: Any) -> Callable[[Tensor], Tensor]:
@@ -130,7 +133,8 @@ def check_head(policy: MaskedLogprobs) -> None:
     sources_N = torch.arange(7, device=device)
     ours_N = policy(ids_BT, sources_N, ids_BT[0, 1:])
     logits_TV = policy.model(input_ids=ids_BT, use_cache=False).logits[0, :-1]
-    gap = (ours_N - chosen_logps(logits_TV, ids_BT[0, 1:], policy.temperature)).abs().max().item()
+    theirs_N = chosen_logps(logits_TV.float() / policy.temperature, ids_BT[0, 1:])
+    gap = (ours_N - theirs_N).abs().max().item()
     if not gap < (1e-3 if logits_TV.dtype == torch.float32 else 0.25):
         raise DataError(
             f"the log-probs of {type(policy.model).__name__} differ by {gap:.3g} from its own "

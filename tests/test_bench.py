@@ -132,7 +132,7 @@ def test_gains_over_seeds_by_hand(learning):
     mean, half_width = learning.gain(scores)
     assert mean == pytest.approx(0.07)
     assert half_width == pytest.approx(4.303 * 0.01 / 3**0.5)
-    assert learning.by_iteration(scores)[1][0] == pytest.approx(0.67)
+    assert learning.gains(scores) == [(0.0, 0.0), (mean, half_width)]
 
 
 def test_the_final_turn_counts_and_prompts_keep_their_order(learning, tmp_path):
