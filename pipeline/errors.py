@@ -9,6 +9,18 @@ class EngineError(RuntimeError):
     """Say which engine failed and how; the stage stops, resumable. Never turned into a score."""
 
 
+class RequestFailed(EngineError):
+    """Say why one request failed for good, after its retries; the others may go on.
+
+    `reason` becomes its rollout's `end_reason`: `server_lost` (no answer, 429, 5xx, timeouts) or
+    `server_refused` (any other answer that can't be used).
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
 class RowError(Exception):
     """Say why one row can't be used: `reason` is counted, the text goes to dropped.jsonl."""
 

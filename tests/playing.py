@@ -31,6 +31,8 @@ def tiny_policy(tokenizer: Any, seed: int = 0, max_context: int = 256) -> Any:
 class Said:
     """An engine that says given texts in order of (prompt, sample, turn), and keeps requests."""
 
+    speaks = "ids"
+
     def __init__(self, tokenizer: Any, texts: dict[tuple[str, int, int], str] | str) -> None:
         self.tokenizer = tokenizer
         self.texts = texts

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, RequestFailed
 from pipeline.records import Message
 
 if TYPE_CHECKING:
     from pipeline.engines.rounds import Rounds
 
-__all__ = ["Completion", "Engine", "EngineError", "EngineOptions", "Request", "Sampling"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineError",
+    "EngineOptions",
+    "Request",
+    "RequestFailed",
+    "Sampling",
+    "Usage",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a party samples. `temperature` 0 is greedy; `top_k` 0 is off."""
+    """How a party samples. `temperature` 0 is greedy; `top_k` 0 is off.
+
+    `stop`: texts that end a turn as soon as one is said; it stays among what was said.
+    """
 
     temperature: float = 0.8
     max_tokens: int = 1024
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
     @property
     def renormalises(self) -> bool:
@@ -49,17 +62,33 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost, in ids: context, sampled, and of the context what a server had cached.
+
+    `cached_tokens` is None where nobody says.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Sampled ids, ending with a stop token only if it was sampled.
 
     `logprobs`: one float for each id, of the tempered distribution sampled from (natural log); None
     where the engine renormalised it (top_p, top_k, min_p, greedy). `finish_reason`: "stop" or
-    "length".
+    "length". An engine that `speaks` text gives no ids: `text` (and `reasoning`, the thoughts of a
+    model whose server tells them apart) is what it said. `usage` None: the ids are all there is.
     """
 
     ids: list[int]
     logprobs: list[float] | None
     finish_reason: str
+    text: str | None = None
+    reasoning: str | None = None
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +97,9 @@ class EngineOptions:
 
     `rounds` is shared by the engines of a stage. `urls`: attach to servers instead of starting one.
     `log_dir`: where a started server's log goes. `gpus`: what it sees, as CUDA_VISIBLE_DEVICES.
-    `max_model_len` 0: the model's own context.
+    `max_model_len` 0: the model's own context. Servers: a request is sent `attempts` times at the
+    most, each bounded by `timeout_s`; a started one that dies is started again `restarts` times;
+    `api_key_env` names the environment variable with the key of an API; `tell` shows a line.
     """
 
     rounds: Rounds
@@ -84,15 +115,28 @@ class EngineOptions:
     script: str = ""
     trust_remote_code: bool = False
     extra_args: tuple[str, ...] = ()
+    timeout_s: float = 3600.0
+    attempts: int = 6
+    restarts: int = 3
+    api_key_env: str = ""
+    tell: Callable[[str], None] = print
 
 
 class Engine(Protocol):
-    """Whatever completes ids. `max_context` bounds prompt + response, in ids."""
+    """Whatever completes a context. `max_context` bounds prompt + response, in ids.
+
+    `speaks`: "ids", or "text" where a chat API tells none; such an engine reads `request.messages`.
+    """
 
     max_context: int
+    speaks: str
 
     async def complete(self, request: Request) -> Completion:
-        """Sample a completion. Raises EngineError when the engine or its server fails."""
+        """Sample a completion.
+
+        Raises RequestFailed when this request failed for good, any other EngineError when the
+        engine did.
+        """
         ...
 
     async def close(self) -> None:

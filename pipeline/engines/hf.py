@@ -21,6 +21,8 @@ class HfEngine:
     changes nothing but floating-point rounding.
     """
 
+    speaks = "ids"
+
     def __init__(self, model: Any, rounds: Rounds, max_batch_tokens: int, max_rows: int) -> None:
         self.model = model.eval()
         self.rounds = rounds

@@ -22,6 +22,8 @@ SCRIPTS = {"guessing_game": "pipeline.environments.guessing_game:random_player"}
 class ScriptedEngine:
     """Answers with the script's text; `logprobs` are None because nothing was sampled."""
 
+    speaks = "ids"
+
     def __init__(self, script: Script, tokenizer: Any, max_context: int) -> None:
         self.script = script
         self.tokenizer = tokenizer

@@ -80,6 +80,8 @@ class Served:
 class VllmEngine:
     """Completes over HTTP. A prompt's rollouts go to one server, whose prefix cache knows them."""
 
+    speaks = "ids"
+
     def __init__(
         self,
         servers: Sequence[Served],
