@@ -14,32 +14,52 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dialogues import (
+    THINK,
+    THINK_TAGS,
     Messages,
     assistant,
     clean,
     last_assistant,
     mark,
+    parted,
     probes,
+    spells,
     tool_schemas,
     user,
 )
 from pipeline.errors import DataError, RowError
+from pipeline.records import Message
 from pipeline.shield import Shield
 
 TEMPLATE_ERROR = "template_error"
 SPAN_UNPROVEN = "span_unproven"
+OURS = (
+    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message"),
+    *("strftime_now", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+)
+"""What no variable of a template may be called: chat.py or `apply_chat_template` sets it."""
 
 
 class Chat:
     """A tokenizer with its chat template, seen at one date.
 
     `tokenizer`: a fast tokenizer of transformers. `date`: ISO day that templates see as today.
-    `extra_stop_ids`: those of the model's generation config. Raises DataError where the tokenizer
-    isn't fast, has no chat template, or one that can't render a question and its answer.
+    `extra_stop_ids`: those of the model's generation config. `template_kwargs`: further variables
+    that the template sees (`enable_thinking`). Raises DataError where the tokenizer isn't fast, has
+    no chat template, or one that can't render a question and its answer, and for a variable whose
+    name is taken.
     """
 
-    def __init__(self, tokenizer: Any, date: str, extra_stop_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        date: str,
+        extra_stop_ids: Iterable[int] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self._variables = _variables(template_kwargs or {})
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"{name} is no fast tokenizer: convert it, tokenizer.json is needed")
@@ -55,8 +75,11 @@ class Chat:
             tokenizer.backend_tokenizer, [t.content for t in added.values() if t.special]
         )
         self._special_ids = {id_ for id_, token in added.items() if token.special}
+        # Thoughts must be told from the answer, so their tags are read even where they are special.
+        self._unread = {i for i in self._special_ids if added[i].content not in THINK_TAGS}
         try:
             self.stop_ids = self._stops(extra_stop_ids)
+            self.reads_thoughts = self._reads_thoughts()
             self.append_only = all(self._only_appends(probe) for probe in probes())
         except RowError as error:
             raise DataError(f"the chat template of {name} can't be used: {error.detail}") from None
@@ -76,14 +99,32 @@ class Chat:
         """
         if self.append_only or self._still_appends(context, messages, tools):
             return len(context), self._bridge(context, messages, tools)
-        ids = self.prompt(messages, tools)
+        true = self._true_prefix(context, self._render(clean(messages), tool_schemas(tools)))
+        start = len(self._text(context[:true]))
+        ids = [*context[:true], *self._encode(messages, tools, lambda page: page[start:])]
         keep = _common_prefix(context, ids)
         return keep, ids[keep:]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of a response, without its stop token and other special tokens."""
-        said = list(ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids)
-        return self._text(said, skip_special_tokens=True)
+        """Return the text of a response, without its stop token and other special tokens.
+
+        The tags around a thought stay, whether or not the tokenizer calls them special.
+        """
+        said = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
+        return self._text([id_ for id_ in said if id_ not in self._unread])
+
+    def message(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Message:
+        """Return the assistant message to record for sampled ids and the ids that prompted them.
+
+        Where the template reads `reasoning_content`, a thought goes there, and one that was cut
+        leaves no content. Elsewhere content holds all that was said; a `<think>` that the
+        generation prompt wrote is part of it, so that the thought can be told from an answer.
+        """
+        text = self._opened(prompt_ids) + self.decode(ids)
+        thought, answer = parted(text)
+        if thought is None or not self.reads_thoughts:
+            return Message(role="assistant", content=text)
+        return Message(role="assistant", content=answer, reasoning_content=thought)
 
     def encode_dialogue(
         self, messages: Messages, tools: str | None = None
@@ -118,6 +159,7 @@ class Chat:
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 strftime_now=self._now,
+                **self._variables,
             )
         # Templates also fail as Python does: None + "text", a list taken for a string.
         except (TemplateError, TypeError, ValueError) as error:
@@ -171,6 +213,17 @@ class Chat:
             raise RowError(TEMPLATE_ERROR, "it ends no turn, and the tokenizer has no EOS token")
         return stops
 
+    def _reads_thoughts(self) -> bool:
+        """Test that what `reasoning_content` of a last turn says reaches the page."""
+        said = [user("Hi."), assistant("Hello.", reasoning_content="The user greets.")]
+        return "The user greets." in self._render(said, None, generation_prompt=False)
+
+    def _opened(self, prompt_ids: Sequence[int]) -> str:
+        """Return the open `<think>` that a generation prompt ends with, or ""."""
+        # A tag has at most eight bytes, so at most eight ids; blanks follow it.
+        _, tag, rest = self._text(prompt_ids[-16:]).rpartition(THINK)
+        return "" if rest.strip() else tag + rest
+
     def _only_appends(self, probe: list[dict[str, Any]]) -> bool:
         """Test that what a policy saw and said at each turn opens the page of the dialogue."""
         try:
@@ -202,6 +255,14 @@ class Chat:
             spoken = spoken.removesuffix(stop)
         return text.startswith(before) and page.startswith(before + spoken)
 
+    def _true_prefix(self, context: Sequence[int], page: str) -> int:
+        """Count the ids of a context that the page repeats, up to a special token.
+
+        A text goes on there as it starts, so that what is encoded anew has its usual ids.
+        """
+        cuts = (i for i in reversed(range(len(context))) if context[i] in self._special_ids)
+        return next((i for i in cuts if page.startswith(self._text(context[:i]))), 0)
+
     def _turn(
         self, page: str, said: list[dict[str, Any]], turn: int, schemas: list | None
     ) -> tuple[int, int]:
@@ -215,7 +276,7 @@ class Chat:
         lead, _, rest = self._render(marked, schemas, generation_prompt=False).partition(marker)
         text = page[len(before) : len(page) - len(rest)]
         known = page.startswith(before) and page == before + text + rest
-        if not known or not _spells(text, said[turn], lead.removeprefix(before)):
+        if not known or not spells(text, said[turn], lead.removeprefix(before)):
             raise RowError(SPAN_UNPROVEN, f"message {turn} isn't on the page as it was said")
         ending = re.match(rf"\s*(?:{self._stop_pattern()})", rest)
         return len(before), len(before) + len(text) + (ending.end() if ending else 0)
@@ -223,18 +284,21 @@ class Chat:
     def _stop_pattern(self) -> str:
         return "|".join(re.escape(self._text([id_])) for id_ in self.stop_ids)
 
-    def _text(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(
-            list(ids),
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
 
-def load_chat(model: str, date: str, trust_remote_code: bool = False) -> Chat:
+def load_chat(
+    model: str,
+    date: str,
+    trust_remote_code: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Chat:
     """Load the tokenizer of a model folder or Hub id, with the stop ids of its generation config.
 
-    Raises DataError where there is no tokenizer or no chat template.
+    `template_kwargs`: see Chat. Raises DataError where there is no tokenizer or no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -242,7 +306,15 @@ def load_chat(model: str, date: str, trust_remote_code: bool = False) -> Chat:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer can be loaded from {model!r}: {error}") from None
-    return Chat(tokenizer, date, _generation_stops(model))
+    return Chat(tokenizer, date, _generation_stops(model), template_kwargs)
+
+
+def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    if taken := sorted(set(given) & set(OURS)):
+        raise DataError(
+            f"a template's variable can't be named {', '.join(taken)}: Turnwise sets it itself"
+        )
+    return dict(given)
 
 
 def _generation_stops(model: str) -> list[int]:
@@ -269,14 +341,6 @@ def _after(page: str, marker: str) -> str:
     if not found:
         raise RowError(TEMPLATE_ERROR, "it doesn't write what the assistant said")
     return rest
-
-
-def _spells(text: str, message: Mapping[str, Any], lead: str) -> bool:
-    """Say whether a text of the page is what a message says, trimmed or after the usual lead."""
-    content = message.get("content", "")
-    if "tool_calls" in message or "reasoning_content" in message:
-        return content.strip() in text
-    return any(text == start + said for start in ("", lead) for said in (content, content.strip()))
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

@@ -20,12 +20,24 @@ class Journal:
         self.path = path
         truncate_torn_line(path)
         self._file = path.open("ab")
+        self._reader = path.open("rb")
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one record. It survives a kill of the process at once, a power cut after `sync`."""
+    def append(self, record: dict[str, Any]) -> int:
+        """Add one record and return where it begins, for `read`.
+
+        It survives a kill of the process at once, a power cut after `sync`.
+        """
+        start = self._file.tell()
         # One write of the whole line, ASCII so that a lone surrogate can't stop a stage.
         self._file.write(json.dumps(record, default=_plain).encode("ascii") + b"\n")
         self._file.flush()
+        return start
+
+    def read(self, start: int) -> dict[str, Any]:
+        """Return the record that begins at byte `start`."""
+        self._reader.seek(start)
+        record: dict[str, Any] = json.loads(self._reader.readline())
+        return record
 
     def sync(self) -> None:
         """Force what was appended to the disk; call it once for each batch."""
@@ -35,21 +47,32 @@ class Journal:
         """Yield the records in the order in which they were appended."""
         return read_journal(self.path)
 
+    def places(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (where it begins, record) in the same order."""
+        return _read(self.path)
+
     def close(self) -> None:
         """Sync and close."""
         if not self._file.closed:
             self.sync()
             self._file.close()
+            self._reader.close()
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Yield a journal's records; a torn last line isn't one. DataError names a damaged line."""
+    return (record for _, record in _read(path))
+
+
+def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
+                yield start, json.loads(line)
+                start += len(line)
             except ValueError as error:
                 raise DataError(
                     f"{path}, line {number} is damaged ({error}); the lines before it are sound. "

@@ -10,7 +10,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import jsonlines
 
 from pipeline.environments.guessing_game import opening
 from pipeline.errors import DataError
-from pipeline.records import Message
+from pipeline.records import Message, Prompt
 from pipeline.repos import Repo, open_repo, parse_repo
 from pipeline.seeds import generator_for
+from pipeline.shelf import Shelf
 
 GAME = "guessing_game"
 _ROLES = {
@@ -42,75 +42,82 @@ class NotADialogue(ValueError):
     """A row that no prompt can be made of; the text is the reason that is counted."""
 
 
-@dataclass(slots=True)
-class Prompt:
-    """The opening of a dialogue; `prompt_id` is a hash of the content, or the dataset's own."""
-
-    prompt_id: str
-    messages: list[Message]
-    info: dict[str, Any] = field(default_factory=dict)
-    tools: str | None = None
-
-
-@dataclass(slots=True)
-class Prompts:
-    """The prompts of a run in key order, and the rows left out: {"row": index, "reason": ...}."""
-
-    prompts: list[Prompt]
-    rows: int
-    dropped: list[dict[str, Any]]
-
-
 def load_prompts(
-    dataset: str, split: str, num_data: int, seed: int, keep_user_turns: bool
-) -> Prompts:
-    """Read a source, deduplicate by content, keep the first `num_data` (0: all), sort by key.
+    dataset: str,
+    split: str,
+    num_data: int,
+    seed: int,
+    keep_user_turns: bool,
+    path: Path | None = None,
+) -> Shelf:
+    """Read a source onto a shelf (at `path`, or in memory), deduplicated by content.
 
-    `keep_user_turns`: the dataset's later user turns belong to the content (an environment will
-    replay them), so dialogues that only share their opening stay apart.
+    `num_data`: keep the first so many (0: all). `keep_user_turns`: the dataset's later user turns
+    belong to the content (an environment will replay them), so dialogues that only share their
+    opening stay apart. Raises DataError when no row is a prompt.
     """
-    if dataset.split(":")[0] == GAME:
-        return guessing_games(dataset, num_data, seed)
-    kept: dict[str, Prompt] = {}
-    dropped: list[dict[str, Any]] = []
-    rows = 0
-    for row in _rows(dataset, split):
-        if num_data and len(kept) == num_data:
-            break
-        rows += 1
-        try:
-            prompt = prompt_of(row, keep_user_turns)
-        except NotADialogue as error:
-            dropped.append({"row": rows - 1, "reason": str(error)})
+    shelf, kept = Shelf(path), 0
+    for prompt in _prompts(dataset, split, num_data, seed):
+        shelf.rows += 1
+        if isinstance(prompt, NotADialogue):
+            reason: str | None = str(prompt)
+        else:
+            content = content_id(prompt, keep_user_turns)
+            prompt.prompt_id = prompt.prompt_id or content
+            reason = shelf.add(prompt, content)
+        if reason is not None:
+            shelf.drop(shelf.rows - 1, reason)
             continue
-        if prompt.prompt_id in kept:
-            dropped.append({"row": rows - 1, "reason": "duplicate"})
-        kept.setdefault(prompt.prompt_id, prompt)
+        kept += 1
+        if kept == num_data:
+            break
     if not kept:
-        reasons = dict(Counter(row["reason"] for row in dropped))
-        raise DataError(f"{dataset}: no row of {rows} is a prompt; left out: {reasons}")
-    return Prompts(sorted(kept.values(), key=lambda prompt: prompt.prompt_id), rows, dropped)
+        reasons = dict(Counter(row["reason"] for row in shelf.dropped()))
+        raise DataError(f"{dataset}: no row of {shelf.rows} is a prompt; left out: {reasons}")
+    return shelf
 
 
-def guessing_games(dataset: str, num_data: int, seed: int) -> Prompts:
+def _prompts(dataset: str, split: str, num_data: int, seed: int) -> Iterator[Prompt | NotADialogue]:
+    """Yield for each row of a source its prompt, or why there is none."""
+    if dataset.split(":")[0] == GAME:
+        yield from guessing_games(dataset, num_data, seed)
+        return
+    for row in _rows(dataset, split):
+        try:
+            yield prompt_of(row)
+        except NotADialogue as error:
+            yield error
+
+
+def guessing_games(dataset: str, num_data: int, seed: int) -> Iterator[Prompt]:
     """Make `num_data` guessing games; `guessing_game:100` plays with numbers from 1 to 100."""
     high = dataset.partition(":")[2] or "32"
     if not high.isdigit() or not 2 <= int(high) <= 99:
         raise DataError(f"--dataset {dataset}: the range is a number from 2 to 99, not {high!r}")
     if not num_data:
         raise DataError("--dataset guessing_game has no end: say how many with --num_data")
-    prompts = []
     for index in range(num_data):
         prompt_id = f"game-{seed}-{index:07d}"
         secret = int(generator_for(seed, prompt_id, 0, 0, "secret").integers(1, int(high) + 1))
         info = {"game": GAME, "low": 1, "high": int(high), "secret": secret}
         first = Message(role="user", content=opening(1, int(high)))
-        prompts.append(Prompt(prompt_id, [first], info))
-    return Prompts(prompts, num_data, [])
+        yield Prompt(prompt_id, [first], info)
 
 
-def prompt_of(row: Any, keep_user_turns: bool = False) -> Prompt:
-    """Turn a dataset's row into a prompt. Raises NotADialogue with the reason."""
+def content_id(prompt: Prompt, keep_user_turns: bool) -> str:
+    """Return a hash of what a dialogue depends on; each game made here is one of its own."""
+    if GAME in prompt.info.values():
+        return prompt.prompt_id
+    later = prompt.info.get("user_turns", []) if keep_user_turns else []
+    text = json.dumps([prompt.messages, prompt.tools, later], sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def prompt_of(row: Any) -> Prompt:
+    """Turn a dataset's row into a prompt, without an id where the dataset has none.
+
+    Raises NotADialogue with the reason.
+    """
     if not isinstance(row, dict):
         raise NotADialogue("not_an_object")
     column, messages = _messages_of(row)
@@ -134,8 +141,8 @@ def prompt_of(row: Any, keep_user_turns: bool = False) -> Prompt:
     if later:
         info["user_turns"] = later
     tools = row.get("tools") if isinstance(row.get("tools"), str) else None
-    key = [opening_messages, tools, later if keep_user_turns else []]
-    return Prompt(row.get("prompt_id") or _content_id(key), opening_messages, info, tools)
+    name = row.get("prompt_id")
+    return Prompt("" if name is None else str(name), opening_messages, info, tools)
 
 
 def _carried(info: Any) -> dict[str, Any]:
@@ -147,11 +154,6 @@ def _carried(info: Any) -> dict[str, Any]:
     except ValueError:
         raise NotADialogue("info_is_not_json") from None
     return values if isinstance(values, dict) else {}
-
-
-def _content_id(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def _messages_of(row: dict[str, Any]) -> tuple[str, list[Message]]:

@@ -39,6 +39,16 @@ class Message(TypedDict, total=False):
 
 
 @dataclass(slots=True)
+class Prompt:
+    """The opening of a dialogue; `prompt_id` is a hash of the content, or the dataset's own."""
+
+    prompt_id: str
+    messages: list[Message]
+    info: dict[str, Any] = field(default_factory=dict)
+    tools: str | None = None
+
+
+@dataclass(slots=True)
 class Turn:
     """What the policy saw and said at one of its turns.
 

@@ -1,21 +1,24 @@
-"""Play dialogues concurrently: one coroutine a dialogue, no turn barrier.
+"""Play one dialogue: policy turn, reply, policy turn, ... up to its score turn.
 
-A prompt's rollouts share a trunk up to its branch turn; the trunk is played once, then forked.
+A prompt's rollouts share a trunk up to its branch turn; the trunk is played once, then forked. Who
+plays when is decided in admission.py.
 """
 
-import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from pipeline.engines.base import Engine, Request, Sampling
+from pipeline.engines.base import Completion, Engine, Request, RequestFailed, Sampling
 from pipeline.engines.rounds import Rounds
 from pipeline.environments.base import Dialogue, End, Environment
 from pipeline.errors import RowError
 from pipeline.plans import Plan
-from pipeline.prompts import Prompt
-from pipeline.records import Message, Rollout, Turn
+from pipeline.records import Message, Prompt, Rollout, Turn
 from pipeline.seeds import seed_for
+
+FAILURE = "failure"
+"""In `info`: why a server failed a rollout. Such a one isn't finished; it goes on at its turn."""
+_FINISH_REASONS = "finish_reasons"
 
 
 class Context(Protocol):
@@ -39,9 +42,17 @@ class TemplateContext:
         return self.chat.next(dialogue.context, dialogue.messages, dialogue.tools)
 
 
+class TextContext:
+    """For a policy that reads messages: there are no ids, and the server knows its bounds."""
+
+    def next(self, dialogue: Dialogue) -> tuple[int, list[int]]:
+        """See Context."""
+        return 0, []
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Everything a dialogue is played with."""
+    """Everything a dialogue is played with. `chat` is None where the policy speaks text."""
 
     run_seed: int
     engine: Engine
@@ -55,6 +66,29 @@ class Table:
     least_turns: int = 0
     """Play on after the score turn until a dialogue has as many turns."""
     play_last_reply: bool = False
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.chat.stop_ids if self.chat else ()
+
+    def turns_of(self, plan: Plan) -> int:
+        """Return how many policy turns a rollout of a plan has when nothing ends it before."""
+        return max(plan.score_turn + 1, self.least_turns)
+
+
+class Job(NamedTuple):
+    """A prompt to play. `done`: what earlier runs left of it, finished or failed by a server."""
+
+    prompt: Prompt
+    plan: Plan
+    done: Sequence[Rollout] = ()
+
+
+class Branch(NamedTuple):
+    """A dialogue that has come to its fork."""
+
+    dialogue: Dialogue
+    plan: Plan
 
 
 async def play(dialogue: Dialogue, table: Table, turns: int) -> End | None:
@@ -99,43 +133,68 @@ async def _policy_turn(dialogue: Dialogue, table: Table) -> End | None:
         ids=dialogue.context[:keep] + prompt_ids,
         seed=seed_for(table.run_seed, prompt_id, sample, turn, "policy"),
         sampling=table.sampling,
-        stop_ids=table.chat.stop_ids,
+        stop_ids=table.stop_ids,
         key=dialogue.key,
         messages=tuple(dialogue.messages),
     )
     said = await table.engine.complete(request)
     dialogue.turns.append(Turn(keep, prompt_ids, said.ids, said.logprobs, said.finish_reason))
     dialogue.context = [*request.ids, *said.ids]
-    dialogue.messages.append(Message(role="assistant", content=table.chat.decode(said.ids)))
+    dialogue.messages.append(_message(said, prompt_ids, table))
     return None
 
 
-def rollout_of(dialogue: Dialogue, plan: Plan, end: End | None) -> Rollout:
+def _message(said: Completion, prompt_ids: list[int], table: Table) -> Message:
+    if said.text is None:
+        return table.chat.message(said.ids, prompt_ids)
+    message = Message(role="assistant", content=said.text)
+    return message | Message(reasoning_content=said.reasoning) if said.reasoning else message
+
+
+def rollout_of(dialogue: Dialogue, plan: Plan, end: End | None, table: Table) -> Rollout:
     """Close a dialogue. One that ended before its score turn has its last turn as score turn.
 
     A dialogue without a single policy turn has nothing to score and is recorded as failed.
     """
     played = "complete" if end is None else "ended_early"
-    return Rollout(
+    turns, info = dialogue.turns, dialogue.info
+    rollout = Rollout(
         prompt_id=dialogue.prompt_id,
         sample=dialogue.sample,
         messages=dialogue.messages,
-        turns=dialogue.turns,
+        turns=turns,
         branch_turn=plan.branch_turn,
-        score_turn=max(min(plan.score_turn, len(dialogue.turns) - 1), 0),
-        status=played if dialogue.turns else "failed",
+        score_turn=max(min(plan.score_turn, len(turns) - 1), 0),
+        status=played if turns and FAILURE not in info else "failed",
         end_reason="score_turn" if end is None else end.reason,
         tools=dialogue.tools,
-        info=dialogue.info,
+        info=info,
     )
+    if table.engine.speaks == "text":
+        # Without ids there are no turns to record; how each ended is still worth keeping.
+        rollout.turns = None
+        rollout.info = info | {_FINISH_REASONS: [turn.finish_reason for turn in turns]}
+    return rollout
 
 
-def trunk_of(done: Rollout, run_seed: int, turns: int) -> Dialogue:
-    """Rebuild the trunk from a finished rollout, as it was before policy turn `turns`.
+def turns_of(rollout: Rollout) -> list[Turn]:
+    """Return a rollout's turns; of one that was played as text, turns without ids."""
+    if rollout.turns is not None:
+        return rollout.turns
+    return [Turn(0, [], [], None, reason) for reason in rollout.info.get(_FINISH_REASONS, [])]
 
-    The environment's reply before that turn is kept; the fork must not ask for it again.
+
+def was_cut(rollout: Rollout) -> bool:
+    """Say whether a server failed it, so that it is to be played on."""
+    return rollout.status == "failed" and FAILURE in rollout.info
+
+
+def dialogue_of(done: Rollout, run_seed: int, turns: int, sample: int) -> Dialogue:
+    """Rebuild a dialogue from a record, as it was before policy turn `turns`.
+
+    The environment's reply before that turn is kept; nobody must ask for it again.
     """
-    said = done.turns or []
+    said = turns_of(done)
     context: list[int] = []
     for turn in said[:turns]:
         context = context[: turn.keep] + turn.prompt_ids + turn.response_ids
@@ -143,93 +202,70 @@ def trunk_of(done: Rollout, run_seed: int, turns: int) -> Dialogue:
     # The opening may hold assistant messages of the dataset; the policy's own are the last ones.
     policy = spoken[len(spoken) - len(said) :]
     cut = policy[turns] if turns < len(said) else len(done.messages)
-    info = dict(done.info)
+    info = {k: v for k, v in done.info.items() if k not in (FAILURE, _FINISH_REASONS)}
     if "user_retries" in info:
-        kept = {t: n for t, n in info["user_retries"].items() if int(t) <= turns}
-        info = {k: v for k, v in info.items() if k != "user_retries"}
+        kept = {t: n for t, n in info.pop("user_retries").items() if int(t) <= turns}
         info |= {"user_retries": kept} if kept else {}
-    return Dialogue(
-        run_seed, done.prompt_id, 0, done.messages[:cut], done.tools, said[:turns], context, info
-    )
+    messages, tools = done.messages[:cut], done.tools
+    return Dialogue(run_seed, done.prompt_id, sample, messages, tools, said[:turns], context, info)
 
 
-async def play_prompt(
-    prompt: Prompt, plan: Plan, table: Table, done: Sequence[Rollout] = ()
-) -> None:
-    """Play what is missing of a prompt's rollouts; `done` holds those an earlier run finished.
+async def play_trunk(job: Job, table: Table) -> list[Branch]:
+    """Play to just before the branch turn, or rebuild that point; return what parts there.
 
-    The caller has counted one live dialogue in; every dialogue is counted out here.
+    A trunk that ends before its fork is recorded as one rollout, and its siblings don't exist.
     """
-    left = sorted(set(range(plan.samples)) - {rollout.sample for rollout in done})
+    whole = [rollout for rollout in job.done if not was_cut(rollout)]
+    torn = {rollout.sample: rollout for rollout in job.done if was_cut(rollout)}
+    fork = job.plan.branch_turn or 0
+    if whole and len(turns_of(whole[0])) <= fork:
+        return []
+    trunk = _trunk(job.prompt, [*whole, *torn.values()], fork, table.run_seed)
     try:
-        trunk, end = await _trunk(prompt, plan.branch_turn or 0, table, done)
-        if end is not None:
-            # The fork was not reached: one rollout says so, and the others don't exist.
-            left = []
-            if not done:
-                table.finished(rollout_of(trunk, plan, end))
-        table.rounds.enter(len(left))
-    finally:
-        table.rounds.leave()
-    await asyncio.gather(*(_branch(trunk.fork(sample), plan, table) for sample in left))
-
-
-async def _trunk(
-    prompt: Prompt, turns: int, table: Table, done: Sequence[Rollout]
-) -> tuple[Dialogue, End | None]:
-    """Play to just before policy turn `turns`, or rebuild that point from a finished rollout."""
-    if done:
-        reached = len(done[0].turns or []) > turns
-        return trunk_of(done[0], table.run_seed, turns), None if reached else End("ended")
-    trunk = Dialogue(
-        run_seed=table.run_seed,
-        prompt_id=prompt.prompt_id,
-        sample=0,
-        messages=list(prompt.messages),
-        tools=prompt.tools,
-        info=dict(prompt.info),
-    )
-    end = await play(trunk, table, turns)
-    if end is None and trunk.turns:
-        end = await _reply(trunk, table)
+        end = await play(trunk, table, fork)
+        if end is None and trunk.turns:
+            end = await _reply(trunk, table)
+    except RequestFailed as error:
+        _record_failure(trunk, job.plan, error, table)
+        return []
     if end is None and isinstance(opened := _next_ids(trunk, table), End):
         end = opened
-    return trunk, end
+    if end is not None:
+        table.finished(rollout_of(trunk, job.plan, end, table))
+        return []
+    left = sorted(set(range(job.plan.samples)) - {rollout.sample for rollout in whole})
+    return [Branch(_branch(trunk, torn.get(sample), fork, sample), job.plan) for sample in left]
 
 
-async def _branch(dialogue: Dialogue, plan: Plan, table: Table) -> None:
+def _trunk(prompt: Prompt, records: Sequence[Rollout], fork: int, run_seed: int) -> Dialogue:
+    if records:
+        known = max(records, key=lambda rollout: min(len(turns_of(rollout)), fork))
+        return dialogue_of(known, run_seed, min(fork, len(turns_of(known))), 0)
+    messages, info = list(prompt.messages), dict(prompt.info)
+    return Dialogue(run_seed, prompt.prompt_id, 0, messages, prompt.tools, info=info)
+
+
+def _branch(trunk: Dialogue, torn: Rollout | None, fork: int, sample: int) -> Dialogue:
+    """Fork the trunk; a rollout that a server failed after the fork goes on where it was."""
+    if torn is None or len(turns_of(torn)) <= fork:
+        return trunk.fork(sample)
+    return dialogue_of(torn, trunk.run_seed, len(turns_of(torn)), sample)
+
+
+async def play_branch(branch: Branch, table: Table) -> list[Branch]:
+    """Play a rollout from its fork to its end and record it; nothing parts from it any more."""
+    dialogue, plan = branch
     try:
-        end = await play(dialogue, table, max(plan.score_turn + 1, table.least_turns))
+        end = await play(dialogue, table, table.turns_of(plan))
         if table.play_last_reply and end is None:
             end = await _reply(dialogue, table)
-        table.finished(rollout_of(dialogue, plan, end))
-    finally:
-        table.rounds.leave()
+    except RequestFailed as error:
+        _record_failure(dialogue, plan, error, table)
+        return []
+    table.finished(rollout_of(dialogue, plan, end, table))
+    return []
 
 
-async def play_all(
-    jobs: Iterable[tuple[Prompt, Plan, Sequence[Rollout]]], table: Table, concurrency: int
-) -> None:
-    """Play prompts in order, at most `concurrency` of them at a time.
-
-    The first error stops everything: what is finished is kept, and the stage can be resumed.
-    """
-    waiting = iter(jobs)
-    running: set[asyncio.Task[None]] = set()
-
-    def admit() -> None:
-        while len(running) < concurrency and (job := next(waiting, None)):
-            table.rounds.enter()
-            running.add(asyncio.create_task(play_prompt(job[0], job[1], table, job[2])))
-
-    admit()
-    try:
-        while running:
-            finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in finished:
-                task.result()
-            admit()
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+def _record_failure(dialogue: Dialogue, plan: Plan, error: RequestFailed, table: Table) -> None:
+    dialogue.info = dialogue.info | {FAILURE: str(error)}
+    table.finished(rollout_of(dialogue, plan, End(error.reason), table))

@@ -94,7 +94,7 @@ def _texts(config: Config) -> Iterator[str]:
     prompts = load_prompts(
         config.dataset, config.dataset_split, config.num_data, config.seed, keep_user_turns=True
     )
-    for prompt in prompts.prompts:
+    for prompt in prompts:
         yield from (message.get("content") or "" for message in prompt.messages)
         yield from prompt.info.get("user_turns", [])
 

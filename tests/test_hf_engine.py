@@ -119,7 +119,8 @@ def test_rounds_give_the_same_whatever_the_batch_bounds():
     def complete(max_tokens: int, max_rows: int) -> list[list[int]]:
         async def ask() -> list[list[int]]:
             rounds = Rounds()
-            rounds.enter(6)
+            for _ in range(6):
+                rounds.enter()
             engine = HfEngine(MODEL, rounds, max_tokens, max_rows)
             asked = [engine.complete(request(ids, n)) for n, ids in enumerate(prompts())]
             return [c.ids for c in await asyncio.gather(*asked)]
@@ -145,7 +146,8 @@ def test_no_round_starts_before_everyone_waits():
                 await rounds.submit(run_batch, request([5], seed=turn))
             rounds.leave()
 
-        rounds.enter(3)
+        for _ in range(3):
+            rounds.enter()
         await asyncio.gather(dialogue(1), dialogue(2), dialogue(4))
 
     asyncio.run(play())
@@ -155,7 +157,8 @@ def test_no_round_starts_before_everyone_waits():
 def test_a_failing_batch_reaches_everyone_who_waits():
     async def play() -> list:
         rounds = Rounds()
-        rounds.enter(2)
+        for _ in range(2):
+            rounds.enter()
 
         def run_batch(batch):
             raise EngineError("boom")
@@ -170,7 +173,7 @@ def test_a_failing_batch_reaches_everyone_who_waits():
 def test_out_of_memory_halves_the_batch_and_never_drops_a_row(monkeypatch):
     calls = []
 
-    def hungry(model, batch, max_context):
+    def hungry(model, batch, max_context, *_):
         calls.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("too much")

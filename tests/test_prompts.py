@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.prompts import NotADialogue, hh_messages, load_prompts, prompt_of
+from pipeline.prompts import NotADialogue, content_id, hh_messages, load_prompts, prompt_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(
@@ -24,22 +24,22 @@ def write(path: Path, rows: list) -> str:
 def test_ultrainteract_layout():
     prompts = load_prompts(str(DATA / "ultrainteract_style_gsm8k.jsonl"), "train", 0, 0, False)
     assert prompts.rows == 1319
-    assert len(prompts.prompts) == 1319
-    janet = next(p for p in prompts.prompts if p.info["id"] == "gsm8k-socratic-0")
+    assert len(prompts) == 1319
+    janet = next(p for p in prompts if p.info["id"] == "gsm8k-socratic-0")
     assert [m["role"] for m in janet.messages] == ["user"]
     assert janet.messages[0]["content"].startswith("Janet’s ducks lay 16 eggs per day.")
     assert janet.info["user_turns"] == ["How much does Janet make at the farmers' market?"]
     assert janet.info["answer"] == "18"
-    assert [p.prompt_id for p in prompts.prompts] == sorted(p.prompt_id for p in prompts.prompts)
+    assert [p.prompt_id for p in prompts] == sorted(p.prompt_id for p in prompts)
 
 
 @needs_data
 def test_hh_text():
     prompts = load_prompts(str(DATA / "hh_rlhf_harmless_test_600.jsonl.gz"), "train", 0, 0, True)
     assert prompts.rows == 600
-    assert len(prompts.prompts) + len(prompts.dropped) == 600
-    assert len(prompts.prompts) > 590
-    pens = next(p for p in prompts.prompts if "pranks with a pen" in p.messages[0]["content"])
+    assert len(prompts) + len(list(prompts.dropped())) == 600
+    assert len(prompts) > 590
+    pens = next(p for p in prompts if "pranks with a pen" in p.messages[0]["content"])
     assert pens.messages[0]["content"] == "what are some pranks with a pen i can do?"
     assert pens.info["user_turns"] == [
         "yep",
@@ -97,15 +97,31 @@ def test_layouts_of_messages_agree():
     for row in (trl, pairs, plain):
         prompt = prompt_of(row)
         assert prompt.messages == wanted
-        ids.add(prompt.prompt_id)
+        ids.add(content_id(prompt, keep_user_turns=False))
     assert len(ids) == 1
 
 
 def test_duplicates_are_dropped_and_num_data_counts_after_that(tmp_path):
     rows = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
     prompts = load_prompts(write(tmp_path / "p.jsonl", rows), "train", 2, 0, False)
-    assert sorted(p.messages[0]["content"] for p in prompts.prompts) == ["a", "b"]
-    assert prompts.dropped == [{"row": 1, "reason": "duplicate"}]
+    assert sorted(p.messages[0]["content"] for p in prompts) == ["a", "b"]
+    assert list(prompts.dropped()) == [{"row": 1, "reason": "duplicate"}]
+
+
+def test_content_tells_duplicates_whatever_their_ids(tmp_path):
+    """Same content under two ids, and two contents under one: the first row has it."""
+    rows = [
+        {"prompt": "a", "prompt_id": "1"},
+        {"prompt": "a", "prompt_id": "2"},
+        {"prompt": "b", "prompt_id": "1"},
+        {"prompt": "b", "prompt_id": 3},
+    ]
+    prompts = load_prompts(write(tmp_path / "p.jsonl", rows), "train", 0, 0, False)
+    assert [(p.prompt_id, p.messages[0]["content"]) for p in prompts] == [("1", "a"), ("3", "b")]
+    assert list(prompts.dropped()) == [
+        {"row": 1, "reason": "duplicate"},
+        {"row": 2, "reason": "prompt_id_taken"},
+    ]
 
 
 def test_later_user_turns_are_content_only_when_they_will_be_replayed(tmp_path):
@@ -114,8 +130,8 @@ def test_later_user_turns_are_content_only_when_they_will_be_replayed(tmp_path):
         return {"messages": [{"role": r, "content": c} for r, c in turns]}
 
     path = write(tmp_path / "p.jsonl", [dialogue("x"), dialogue("y")])
-    assert len(load_prompts(path, "train", 0, 0, keep_user_turns=True).prompts) == 2
-    assert len(load_prompts(path, "train", 0, 0, keep_user_turns=False).prompts) == 1
+    assert len(load_prompts(path, "train", 0, 0, keep_user_turns=True)) == 2
+    assert len(load_prompts(path, "train", 0, 0, keep_user_turns=False)) == 1
 
 
 def test_torn_and_foreign_lines_are_counted(tmp_path):
@@ -123,16 +139,16 @@ def test_torn_and_foreign_lines_are_counted(tmp_path):
     with gzip.open(path, "wt") as file:
         file.write('{"prompt": "a"}\n{"prompt": \n[]\n\n{"prompt": "b"}')
     prompts = load_prompts(str(path), "train", 0, 0, False)
-    assert len(prompts.prompts) == 2
-    assert [row["reason"] for row in prompts.dropped] == ["not_an_object"] * 2
+    assert len(prompts) == 2
+    assert [row["reason"] for row in prompts.dropped()] == ["not_an_object"] * 2
 
 
 def test_bytes_that_are_no_text_are_a_row_left_out(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n{"prompt": "b"}\n')
     prompts = load_prompts(str(path), "train", 0, 0, False)
-    assert [row["row"] for row in prompts.dropped] == [1]
-    assert len(prompts.prompts) == 2
+    assert [row["row"] for row in prompts.dropped()] == [1]
+    assert len(prompts) == 2
 
 
 def test_nothing_usable_says_what_was_left_out(tmp_path):
@@ -146,9 +162,9 @@ def test_a_missing_file_is_not_taken_for_a_repo():
 
 
 def test_guessing_games_are_seeded():
-    first = load_prompts("guessing_game", "train", 50, 3, False).prompts
-    again = load_prompts("guessing_game", "train", 50, 3, False).prompts
-    other = load_prompts("guessing_game", "train", 50, 4, False).prompts
+    first = list(load_prompts("guessing_game", "train", 50, 3, False))
+    again = list(load_prompts("guessing_game", "train", 50, 3, False))
+    other = list(load_prompts("guessing_game", "train", 50, 4, False))
     assert first == again
     assert [p.info["secret"] for p in first] != [p.info["secret"] for p in other]
     assert {p.info["secret"] for p in first} <= set(range(1, 33))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.admission import play_all
 from pipeline.chat import Chat
 from pipeline.engines.base import Sampling
 from pipeline.engines.hf import HfEngine
@@ -14,22 +15,23 @@ from pipeline.engines.rounds import Rounds
 from pipeline.environments.fixed_user import FixedUser
 from pipeline.environments.simulated_user import SimulatedUser, User, instructions, question_of
 from pipeline.plans import Plan, plan_for
-from pipeline.prompts import Prompt, guessing_games
-from pipeline.records import Rollout
-from pipeline.rollout import play_all
+from pipeline.prompts import guessing_games
+from pipeline.records import Prompt, Rollout
+from pipeline.rollout import Job
 from pipeline.rows import rollout_from_row, rollout_row
 from tests.playing import DATE, Said, Silent, table, tiny_policy, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_policy(TOKENIZER)
-GAME = guessing_games("guessing_game", 1, 0).prompts[0]
+GAME = next(guessing_games("guessing_game", 1, 0))
 
 
 def play(prompts, plans, engine, concurrency=64, done=None, **changes) -> dict[tuple, Rollout]:
     finished: list[Rollout] = []
     seat = table(engine, TOKENIZER, finished, **changes)
+    done = done or {}
     jobs = [
-        (p, plan, (done or {}).get(p.prompt_id, [])) for p, plan in zip(prompts, plans, strict=True)
+        Job(p, plan, done.get(p.prompt_id, [])) for p, plan in zip(prompts, plans, strict=True)
     ]
     asyncio.run(play_all(jobs, seat, concurrency))
     return {rollout.key: rollout for rollout in finished}
@@ -40,7 +42,7 @@ def hf(max_rows: int = 256) -> HfEngine:
 
 
 def games(n: int) -> tuple[list[Prompt], list[Plan]]:
-    prompts = guessing_games("guessing_game", n, 5).prompts
+    prompts = list(guessing_games("guessing_game", n, 5))
     return prompts, [plan_for("refuel", 0, p.prompt_id, 5, 2) for p in prompts]
 
 
@@ -184,7 +186,7 @@ def test_an_engine_error_stops_everything_and_keeps_what_is_finished():
     prompts, _ = games(5)
     finished: list[Rollout] = []
     seat = table(Breaks(TOKENIZER, "1"), TOKENIZER, finished)
-    jobs = [(p, Plan(1, None, 0), []) for p in prompts]
+    jobs = [Job(p, Plan(1, None, 0)) for p in prompts]
     with pytest.raises(RuntimeError, match="server gone"):
         asyncio.run(play_all(jobs, seat, 1))
     assert [r.prompt_id for r in finished] == [p.prompt_id for p in prompts[:3]]

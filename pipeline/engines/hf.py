@@ -3,7 +3,8 @@
 Axes: B requests, S ids of the longest context, V vocabulary.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,18 @@ class HfEngine:
 
     speaks = "ids"
 
-    def __init__(self, model: Any, rounds: Rounds, max_batch_tokens: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rounds: Rounds,
+        max_batch_tokens: int,
+        max_rows: int,
+        tokenizer: Any = None,
+    ) -> None:
+        """`tokenizer` spells what is said, for requests with stop texts."""
         self.model = model.eval()
+        self.tokenizer = tokenizer
+        self._closing = threading.Event()
         self.rounds = rounds
         self.max_batch_tokens = max_batch_tokens
         self.max_rows = max_rows
@@ -35,7 +46,8 @@ class HfEngine:
         return await self.rounds.submit(self._complete_all, request)
 
     async def close(self) -> None:
-        """Forget the model."""
+        """End a round under way, within one step of decoding, and forget the model."""
+        self._closing.set()
         self.model = None
 
     def _complete_all(self, requests: Sequence[Request]) -> list[Completion]:
@@ -60,7 +72,7 @@ class HfEngine:
 
     def _fitting(self, batch: list[Request]) -> list[Completion]:
         try:
-            return generate(self.model, batch, self.max_context)
+            return generate(self.model, batch, self.max_context, self._spell, self._closing.is_set)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise EngineError(f"out of memory on one request: {error}") from error
@@ -68,15 +80,26 @@ class HfEngine:
         half = len(batch) // 2
         return self._fitting(batch[:half]) + self._fitting(batch[half:])
 
+    def _spell(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
 
 @torch.inference_mode()
-def generate(model: Any, requests: Sequence[Request], max_context: int) -> list[Completion]:
+def generate(
+    model: Any,
+    requests: Sequence[Request],
+    max_context: int,
+    spell: Callable[[Sequence[int]], str] | None = None,
+    closing: Callable[[], bool] = lambda: False,
+) -> list[Completion]:
     """Sample one batch with a key-value cache; rows leave it as they stop.
 
     Log-probs are the float32 log-softmax of logits / temperature at the sampled id. A row stops at
-    one of its stop ids ("stop"), or at its bound of new ids or of the context ("length").
+    one of its stop ids or texts ("stop"; `spell` decodes ids), or at its bound of new ids or of the
+    context ("length"). Raises EngineError as soon as `closing` says so.
     """
-    rows = [_Row(request, max_context) for request in requests]
+    rows = [_Row(request, max_context, spell) for request in requests]
     live = list(range(len(rows)))
     cache = DynamicCache(config=model.config)
     # Rollouts that part here have one context: it is read once, then its cache is copied.
@@ -89,7 +112,7 @@ def generate(model: Any, requests: Sequence[Request], max_context: int) -> list[
     if len(contexts) < len(rows):
         cache.batch_select_indices(from_B)
     mask_BS, position_BS, logits_BV = mask_BS[from_B], position_BS[from_B], logits_BV[from_B]
-    while True:
+    while not closing():
         ids_B = _sample([rows[i] for i in live], logits_BV)
         keep = [n for n, i in enumerate(live) if not rows[i].done]
         if not keep:
@@ -102,6 +125,7 @@ def generate(model: Any, requests: Sequence[Request], max_context: int) -> list[
         mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(live), 1)], dim=1)
         position_BS = position_BS[:, -1:] + 1
         logits_BV = _forward(model, ids_B[:, None], mask_BS, position_BS, cache)
+    raise EngineError("the engine was closed while it generated")
 
 
 def _forward(
@@ -131,15 +155,22 @@ def _left_pad(contexts: Sequence[Sequence[int]], device: Any) -> tuple[torch.Ten
 class _Row:
     """One request under way: its own uniform draws, its ids so far and why it stopped."""
 
-    __slots__ = ("draws", "finish_reason", "ids", "logprobs", "sampling", "stop_ids")
+    __slots__ = (
+        "draws", "finish_reason", "ids", "logprobs", "sampling", "spell", "stop_ids", "tail"
+    )  # fmt: skip
 
-    def __init__(self, request: Request, max_context: int) -> None:
+    def __init__(
+        self, request: Request, max_context: int, spell: Callable[[Sequence[int]], str] | None
+    ) -> None:
         room = min(request.sampling.max_tokens, max_context - len(request.ids))
         if room < 1:
             raise EngineError(f"{request.key}: no room after {len(request.ids)} ids of context")
         self.draws = np.random.Generator(np.random.Philox(request.seed)).random(room)
         self.sampling = request.sampling
         self.stop_ids = frozenset(request.stop_ids)
+        self.spell = spell
+        # An id spells at least a byte, unless it is special: a few more for those.
+        self.tail = 8 + max((len(text.encode()) for text in request.sampling.stop), default=0)
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish_reason = ""
@@ -151,10 +182,15 @@ class _Row:
     def take(self, token: int, logprob: float) -> None:
         self.ids.append(token)
         self.logprobs.append(logprob)
-        if token in self.stop_ids:
+        if token in self.stop_ids or (self.sampling.stop and self._said_stop()):
             self.finish_reason = "stop"
         elif len(self.ids) == len(self.draws):
             self.finish_reason = "length"
+
+    def _said_stop(self) -> bool:
+        assert self.spell is not None, "an engine without a tokenizer can't stop at texts"
+        said = self.spell(self.ids[-self.tail :])
+        return any(text in said for text in self.sampling.stop)
 
     def completion(self) -> Completion:
         logprobs = None if self.sampling.renormalises else self.logprobs
@@ -209,7 +245,11 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> HfEngine:
     code = options.trust_remote_code
     policy, _ = load_policy(model, dtype=_DTYPES[options.dtype], trust_remote_code=code)
     engine = HfEngine(
-        policy.to(device), options.rounds, options.max_batch_tokens, options.max_batch_rows
+        policy.to(device),
+        options.rounds,
+        options.max_batch_tokens,
+        options.max_batch_rows,
+        tokenizer,
     )
     engine.max_context = min(engine.max_context, options.max_model_len or engine.max_context)
     return engine

@@ -32,7 +32,7 @@ class ScriptedEngine:
     async def complete(self, request: Request) -> Completion:
         """Return the script's next text as ids, cut at the room that there is."""
         draw = np.random.Generator(np.random.Philox(request.seed))
-        text = self.script(request.messages, draw)
+        text = _cut(self.script(request.messages, draw), request.sampling.stop)
         # split_special_tokens: a script that says "<|eot_id|>" must not end its own turn.
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         ids = [*ids, request.stop_ids[0]]
@@ -41,6 +41,12 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         """Hold nothing."""
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """Cut a text after the first stop text in it."""
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
 
 
 def load_script(name: str) -> Script:

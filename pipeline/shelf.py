@@ -1,0 +1,120 @@
+"""Prompts on disk in key order, and where the journal holds what was played of each.
+
+A run of any size needs the same memory: sqlite keeps the text, numpy 16 bytes a prompt. The file is
+made anew at each start from the source and the journal, so it need not survive anything.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.records import Prompt
+
+_TABLES = """
+CREATE TABLE prompts (place INTEGER PRIMARY KEY, id BLOB UNIQUE, content BLOB UNIQUE, body BLOB);
+CREATE TABLE dropped (row INTEGER PRIMARY KEY, reason TEXT);
+CREATE TABLE played (id BLOB, sample INTEGER, offset INTEGER, PRIMARY KEY (id, sample))
+WITHOUT ROWID;
+"""
+
+
+class Shelf:
+    """The prompts of a run. `rows`: rows of the source that were read.
+
+    Ids are kept as bytes of UTF-8, whose order is that of Python's strings, lone surrogates too.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Begin with an empty one, at `path` or in memory."""
+        if path is not None:
+            path.unlink(missing_ok=True)
+        # One thread at a time uses it; which one is the event loop's affair.
+        self._db = sqlite3.connect(path or ":memory:", check_same_thread=False)
+        self._db.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
+            + _TABLES
+        )
+        self.rows = 0
+
+    def add(self, prompt: Prompt, content: str) -> str | None:
+        """Put a prompt up, or return why not: `duplicate`, `prompt_id_taken`.
+
+        `content`: a hash of what a dialogue with this prompt depends on.
+        """
+        body = json.dumps([getattr(prompt, field.name) for field in fields(prompt)])
+        put = self._db.execute(
+            "INSERT OR IGNORE INTO prompts (id, content, body) VALUES (?, ?, ?)",
+            (_key(prompt.prompt_id), _key(content), body.encode()),
+        )
+        if put.rowcount:
+            return None
+        same = self._db.execute("SELECT 1 FROM prompts WHERE content = ?", (_key(content),))
+        return "duplicate" if same.fetchone() else "prompt_id_taken"
+
+    def drop(self, row: int, reason: str) -> None:
+        """Note a row of the source that is left out."""
+        self._db.execute("INSERT INTO dropped VALUES (?, ?)", (row, reason))
+
+    def dropped(self) -> Iterator[dict[str, Any]]:
+        """Yield {"row": index, "reason": ...} in the order of the source."""
+        for row, reason in self._db.execute("SELECT row, reason FROM dropped ORDER BY row"):
+            yield {"row": row, "reason": reason}
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM prompts").fetchone()[0])
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """Yield the prompts in key order."""
+        return self.longest_first(lambda prompt_id: 0)
+
+    def ids(self) -> Iterator[str]:
+        """Yield the ids of the prompts in key order."""
+        for (key,) in self._db.execute("SELECT id FROM prompts ORDER BY id"):
+            yield _text(key)
+
+    def longest_first(self, length: Callable[[str], int]) -> Iterator[Prompt]:
+        """Yield the prompts by falling `length` of their ids, those of one length in key order."""
+        ordered = self._db.execute("SELECT place, id FROM prompts ORDER BY id")
+        places = np.fromiter(
+            ((place, -length(_text(key))) for place, key in ordered), dtype=np.dtype((np.int64, 2))
+        )
+        for place in places[np.argsort(places[:, 1], kind="stable"), 0].tolist():
+            (body,) = self._db.execute(
+                "SELECT body FROM prompts WHERE place = ?", (place,)
+            ).fetchone()
+            yield Prompt(*json.loads(body))
+
+    def note(self, prompt_id: str, sample: int, offset: int) -> None:
+        """Note where the journal holds a rollout; a later record of the same key replaces it."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO played VALUES (?, ?, ?)", (_key(prompt_id), sample, offset)
+        )
+
+    def played(self, prompt_id: str) -> list[int]:
+        """Return where the journal holds the rollouts of a prompt, by sample."""
+        found = self._db.execute(
+            "SELECT offset FROM played WHERE id = ? ORDER BY sample", (_key(prompt_id),)
+        )
+        return [offset for (offset,) in found]
+
+    def all_played(self) -> Iterator[int]:
+        """Yield where the journal holds each rollout, in key order."""
+        for (offset,) in self._db.execute("SELECT offset FROM played ORDER BY id, sample"):
+            yield offset
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def _key(prompt_id: str) -> bytes:
+    return prompt_id.encode("utf-8", "surrogatepass")
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "surrogatepass")
