@@ -71,12 +71,12 @@ class Chat:
         day = datetime.fromisoformat(date)
         self._now = day.strftime
         added = tokenizer.added_tokens_decoder
-        self._shield = Shield(
-            tokenizer.backend_tokenizer, [t.content for t in added.values() if t.special]
-        )
-        self._special_ids = {id_ for id_, token in added.items() if token.special}
-        # Thoughts must be told from the answer, so their tags are read even where they are special.
-        self._unread = {i for i in self._special_ids if added[i].content not in THINK_TAGS}
+        # Templates look for a thought's tags, so they are text even where they are special tokens.
+        special = {
+            i: t.content for i, t in added.items() if t.special and t.content not in THINK_TAGS
+        }
+        self._shield = Shield(tokenizer.backend_tokenizer, list(special.values()))
+        self._special_ids = set(special)
         try:
             self.stop_ids = self._stops(extra_stop_ids)
             self.reads_thoughts = self._reads_thoughts()
@@ -111,7 +111,7 @@ class Chat:
         The tags around a thought stay, whether or not the tokenizer calls them special.
         """
         said = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
-        return self._text([id_ for id_ in said if id_ not in self._unread])
+        return self._text([id_ for id_ in said if id_ not in self._special_ids])
 
     def message(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Message:
         """Return the assistant message to record for sampled ids and the ids that prompted them.

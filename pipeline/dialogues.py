@@ -9,6 +9,35 @@ from pipeline.shield import strings_of, unused_characters
 
 Messages = Sequence[Message] | Sequence[Mapping[str, Any]]
 
+THINK, END_THINK = THINK_TAGS = ("<think>", "</think>")
+"""What models write around a thought; DeepSeek-R1, Qwen3 and their kin share the spelling."""
+
+
+def parted(text: str) -> tuple[str | None, str]:
+    """Part what a model said into its thought, None where there is none, and its answer.
+
+    A thought ends at the last `</think>`, as it does for the templates. One that was cut has no
+    end, and then no answer follows it; whatever was said before it counts.
+    """
+    thought, ended, answer = text.rpartition(END_THINK)
+    if ended:
+        return thought.replace(THINK, "", 1).strip("\n"), answer.lstrip("\n")
+    answer, begun, thought = text.partition(THINK)
+    return (thought.strip("\n"), answer.strip("\n")) if begun else (None, text)
+
+
+def spoken(message: Mapping[str, Any]) -> str:
+    """Return what others may read of a message: its content, without the thoughts it may hold."""
+    return parted(message.get("content") or "")[1]
+
+
+def spells(text: str, message: Mapping[str, Any], lead: str) -> bool:
+    """Say whether a text of the page is what a message says, trimmed or after the usual lead."""
+    content = message.get("content", "")
+    if "tool_calls" in message or "reasoning_content" in message:
+        return content.strip() in text
+    return any(text == start + said for start in ("", lead) for said in (content, content.strip()))
+
 
 def clean(messages: Messages) -> list[dict[str, Any]]:
     """Drop null fields; give tool calls the shape that templates expect, arguments decoded."""
