@@ -9,3 +9,9 @@ ENGINES = {
     "vllm": "pipeline.engines.vllm:open_engine",
     "scripted": "pipeline.engines.scripted:open_engine",
 }
+
+IN_PROCESS = {"hf", "scripted"}
+"""Engines that live in the stage's own process; the others are servers, and start side by side."""
+
+SPEAK_TEXT = {"openai"}
+"""Engines that need no tokenizer: they send messages, and get text back."""

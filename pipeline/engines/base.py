@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,7 +100,8 @@ class EngineOptions:
     `log_dir`: where a started server's log goes. `gpus`: what it sees, as CUDA_VISIBLE_DEVICES.
     `max_model_len` 0: the model's own context. Servers: a request is sent `attempts` times at the
     most, each bounded by `timeout_s`; a started one that dies is started again `restarts` times;
-    `api_key_env` names the environment variable with the key of an API; `tell` shows a line.
+    `api_key_env` names the environment variable with the key of an API; `tell` shows a line. Who
+    opens an engine in a thread sets `cancelled` when nobody waits for it any more.
     """
 
     rounds: Rounds
@@ -120,6 +122,7 @@ class EngineOptions:
     restarts: int = 3
     api_key_env: str = ""
     tell: Callable[[str], None] = print
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class Engine(Protocol):
