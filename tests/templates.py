@@ -65,6 +65,65 @@ QWEN3 = """{%- set state = namespace(last_user=0) %}
 {%- endif %}
 {{- content + '<|im_end|>\\n' }}
 {%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}
+{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+
+# Qwen3's models that always think: the page of a prompt ends in an open thought.
+QWEN3_THINKING = QWEN3.replace(
+    "{%- if enable_thinking is defined and not enable_thinking %}\n"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}",
+    "{{- '<think>\\n' }}",
+)
+
+# The dialogue of Qwen2.5: a system turn of its own, tools in it, answers of tools in a user turn.
+QWEN25 = """{%- set first = messages[0] %}
+{%- set told = first.content if first.role == 'system' else 'You are Qwen, a helpful assistant.' %}
+{{- '<|im_start|>system\\n' + told }}
+{%- if tools %}
+{{- '\\n\\n# Tools\\n\\nCall these, whose signatures are:\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
+{{- '\\n</tools>\\nAnswer with a JSON object in <tool_call></tool_call>.' }}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- if first.role == 'system' %}{%- set messages = messages[1:] %}{%- endif %}
+{%- for message in messages %}
+{%- set before = loop.previtem.role if loop.previtem is defined else '' %}
+{%- set after = loop.nextitem.role if loop.nextitem is defined else '' %}
+{%- if message.role == 'tool' %}
+{%- if before != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{%- if after != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- else %}
+{{- '<|im_start|>' + message.role }}
+{%- if message.content or not message.tool_calls %}{{- '\\n' + message.content }}{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson + '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# DeepSeek-R1's dialogue: it opens a thought for the model, and drops thoughts from history.
+R1 = """{{- bos_token }}
+{%- for message in messages %}
+{%- if message.role == 'system' %}{{- message.content }}
+{%- elif message.role == 'user' %}{{- '<|User|>' + message.content }}
+{%- else %}{{- '<|Assistant|>' + message.content.split('</think>')[-1] + eos_token }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|Assistant|><think>\\n' }}{%- endif %}"""
+
+# A template that shows every thought again, as those of models do that think between tool calls.
+THOUGHTFUL = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.reasoning_content %}
+{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}
+{{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 GEMMA = """{{- bos_token }}
@@ -104,12 +163,17 @@ PLAIN = """{%- for message in messages %}
 
 _LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_R1 = ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"]
 
 FORMATS: dict[str, tuple[str, list[str], str | None, str]] = {
     "llama3": (LLAMA3, _LLAMA, _LLAMA[0], "<|eot_id|>"),
     "llama31": (LLAMA31, _LLAMA, _LLAMA[0], "<|eot_id|>"),
     "chatml": (CHATML, _CHATML, None, "<|im_end|>"),
+    "qwen25": (QWEN25, _CHATML, None, "<|im_end|>"),
     "qwen3": (QWEN3, _CHATML, None, "<|im_end|>"),
+    "qwen3_thinking": (QWEN3_THINKING, _CHATML, None, "<|im_end|>"),
+    "r1": (R1, _R1, "<|begin|>", "<|end|>"),
+    "thoughtful": (THOUGHTFUL, _CHATML, None, "<|im_end|>"),
     "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
     "mistral": (MISTRAL_APPENDS, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
     "mistral_moving_system": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
@@ -146,10 +210,13 @@ def make_tokenizer(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     template, special, bos, eos = FORMATS[name]
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend(tuple(special)).to_str()),
         bos_token=bos,
         eos_token=eos,
         chat_template=template,
         name_or_path=name,
     )
+    if "<think>" in template:  # ids of their own that are no special tokens, as the models have
+        tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer

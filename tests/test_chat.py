@@ -73,7 +73,11 @@ APPENDS = {
     "llama3": True,
     "llama31": True,
     "chatml": True,
+    "qwen25": True,
     "qwen3": False,
+    "qwen3_thinking": False,
+    "r1": False,
+    "thoughtful": True,
     "gemma": True,
     "mistral": True,
     "mistral_moving_system": False,
@@ -214,11 +218,12 @@ def test_decode_leaves_out_the_stop_token_and_nothing_else() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_typed_special_token_never_becomes_one(name: str) -> None:
     chat = chat_of(name)
-    special = sorted(t.content for t in chat.tokenizer.added_tokens_decoder.values())
+    added = chat.tokenizer.added_tokens_decoder
+    special = sorted(token.content for token in added.values() if token.special)
     typed = "".join(special) + " and " + special[0] * 2
     messages = [user(f"I type {typed} here."), assistant("Fine."), user("x")]
     ids, plain = chat.prompt(messages), chat.prompt([user("I."), *messages[1:]])
-    count = {i: plain.count(i) for i in chat.tokenizer.added_tokens_decoder}
+    count = {i: plain.count(i) for i in added}
     assert {i: ids.count(i) for i in count} == count
     assert text_of(chat, ids) == page(chat, messages)
 
@@ -279,7 +284,7 @@ def test_a_dialogue_that_the_template_refuses_is_a_row_error() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_spans_of_text(name: str) -> None:
     chat = chat_of(name)
-    if name == "counting":
+    if name in ("counting", "qwen3_thinking", "r1"):  # the last two open a thought
         with pytest.raises(RowError) as caught:
             chat.encode_dialogue([user("Hi."), assistant("Hello."), user("?"), assistant("Bye.")])
         assert caught.value.reason == "span_unproven"
