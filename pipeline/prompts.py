@@ -17,7 +17,7 @@ import jsonlines
 
 from pipeline.environments.guessing_game import opening
 from pipeline.errors import DataError
-from pipeline.records import Message, Prompt
+from pipeline.records import PLAY_INFO, Message, Prompt
 from pipeline.repos import Repo, open_repo, parse_repo
 from pipeline.seeds import generator_for
 from pipeline.shelf import Shelf
@@ -153,7 +153,9 @@ def _carried(info: Any) -> dict[str, Any]:
         values = json.loads(info)
     except ValueError:
         raise NotADialogue("info_is_not_json") from None
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        return {}
+    return {name: value for name, value in values.items() if name not in PLAY_INFO}
 
 
 def _messages_of(row: dict[str, Any]) -> tuple[str, list[Message]]:

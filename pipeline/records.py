@@ -14,6 +14,15 @@ import pyarrow as pa
 NO_SCORE = -99999.0
 """The reward on disk where a score was asked for and there is none (the seed's convention)."""
 
+FAILURE = "failure"
+"""In `info`: why a server failed a rollout. Such a one isn't finished; it goes on at its turn."""
+FINISH_REASONS = "finish_reasons"
+"""In `info` of a rollout that was played as text: how each of its turns ended."""
+USER_RETRIES = "user_retries"
+"""In `info`: how often a simulated user was asked again, by policy turn."""
+PLAY_INFO = frozenset({FAILURE, FINISH_REASONS, USER_RETRIES})
+"""Keys of `info` that tell of one run; a prompt made from a rollout doesn't carry them along."""
+
 IntArray = npt.NDArray[np.int32]
 MaskArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]

@@ -13,12 +13,16 @@ from pipeline.engines.rounds import Rounds
 from pipeline.environments.base import Dialogue, End, Environment
 from pipeline.errors import RowError
 from pipeline.plans import Plan
-from pipeline.records import Message, Prompt, Rollout, Turn
+from pipeline.records import (
+    FAILURE,
+    FINISH_REASONS,
+    USER_RETRIES,
+    Message,
+    Prompt,
+    Rollout,
+    Turn,
+)
 from pipeline.seeds import seed_for
-
-FAILURE = "failure"
-"""In `info`: why a server failed a rollout. Such a one isn't finished; it goes on at its turn."""
-_FINISH_REASONS = "finish_reasons"
 
 
 class Context(Protocol):
@@ -66,6 +70,8 @@ class Table:
     least_turns: int = 0
     """Play on after the score turn until a dialogue has as many turns."""
     play_last_reply: bool = False
+    system_prompt: str = ""
+    """The policy's system message, in place of a prompt's own; "" leaves that."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -173,7 +179,7 @@ def rollout_of(dialogue: Dialogue, plan: Plan, end: End | None, table: Table) ->
     if table.engine.speaks == "text":
         # Without ids there are no turns to record; how each ended is still worth keeping.
         rollout.turns = None
-        rollout.info = info | {_FINISH_REASONS: [turn.finish_reason for turn in turns]}
+        rollout.info = info | {FINISH_REASONS: [turn.finish_reason for turn in turns]}
     return rollout
 
 
@@ -181,7 +187,7 @@ def turns_of(rollout: Rollout) -> list[Turn]:
     """Return a rollout's turns; of one that was played as text, turns without ids."""
     if rollout.turns is not None:
         return rollout.turns
-    return [Turn(0, [], [], None, reason) for reason in rollout.info.get(_FINISH_REASONS, [])]
+    return [Turn(0, [], [], None, reason) for reason in rollout.info.get(FINISH_REASONS, [])]
 
 
 def was_cut(rollout: Rollout) -> bool:
@@ -202,10 +208,10 @@ def dialogue_of(done: Rollout, run_seed: int, turns: int, sample: int) -> Dialog
     # The opening may hold assistant messages of the dataset; the policy's own are the last ones.
     policy = spoken[len(spoken) - len(said) :]
     cut = policy[turns] if turns < len(said) else len(done.messages)
-    info = {k: v for k, v in done.info.items() if k not in (FAILURE, _FINISH_REASONS)}
-    if "user_retries" in info:
-        kept = {t: n for t, n in info.pop("user_retries").items() if int(t) <= turns}
-        info |= {"user_retries": kept} if kept else {}
+    info = {k: v for k, v in done.info.items() if k not in (FAILURE, FINISH_REASONS)}
+    if USER_RETRIES in info:
+        kept = {t: n for t, n in info.pop(USER_RETRIES).items() if int(t) <= turns}
+        info |= {USER_RETRIES: kept} if kept else {}
     messages, tools = done.messages[:cut], done.tools
     return Dialogue(run_seed, done.prompt_id, sample, messages, tools, said[:turns], context, info)
 
@@ -220,7 +226,7 @@ async def play_trunk(job: Job, table: Table) -> list[Branch]:
     fork = job.plan.branch_turn or 0
     if whole and len(turns_of(whole[0])) <= fork:
         return []
-    trunk = _trunk(job.prompt, [*whole, *torn.values()], fork, table.run_seed)
+    trunk = _trunk(job.prompt, [*whole, *torn.values()], fork, table)
     try:
         end = await play(trunk, table, fork)
         if end is None and trunk.turns:
@@ -237,12 +243,21 @@ async def play_trunk(job: Job, table: Table) -> list[Branch]:
     return [Branch(_branch(trunk, torn.get(sample), fork, sample), job.plan) for sample in left]
 
 
-def _trunk(prompt: Prompt, records: Sequence[Rollout], fork: int, run_seed: int) -> Dialogue:
+def _trunk(prompt: Prompt, records: Sequence[Rollout], fork: int, table: Table) -> Dialogue:
     if records:
         known = max(records, key=lambda rollout: min(len(turns_of(rollout)), fork))
-        return dialogue_of(known, run_seed, min(fork, len(turns_of(known))), 0)
-    messages, info = list(prompt.messages), dict(prompt.info)
-    return Dialogue(run_seed, prompt.prompt_id, 0, messages, prompt.tools, info=info)
+        return dialogue_of(known, table.run_seed, min(fork, len(turns_of(known))), 0)
+    messages = with_system_prompt(prompt.messages, table.system_prompt)
+    info = dict(prompt.info)
+    return Dialogue(table.run_seed, prompt.prompt_id, 0, messages, prompt.tools, info=info)
+
+
+def with_system_prompt(messages: Sequence[Message], text: str) -> list[Message]:
+    """Put a system prompt first, in place of the dialogue's own; "" changes nothing."""
+    if not text:
+        return list(messages)
+    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    return [Message(role="system", content=text), *rest]
 
 
 def _branch(trunk: Dialogue, torn: Rollout | None, fork: int, sample: int) -> Dialogue:

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,21 @@ from pipeline.records import Prompt
 _TABLES = """
 CREATE TABLE prompts (place INTEGER PRIMARY KEY, id BLOB UNIQUE, content BLOB UNIQUE, body BLOB);
 CREATE TABLE dropped (row INTEGER PRIMARY KEY, reason TEXT);
-CREATE TABLE played (id BLOB, sample INTEGER, offset INTEGER, PRIMARY KEY (id, sample))
-WITHOUT ROWID;
+CREATE TABLE played (id BLOB, sample INTEGER, place INTEGER, turns INTEGER, cut INTEGER,
+PRIMARY KEY (id, sample)) WITHOUT ROWID;
 """
+
+
+class Played(NamedTuple):
+    """A rollout in the journal: where its record begins, how many policy turns it has.
+
+    `cut`: a server failed it, so that it is to be played on.
+    """
+
+    sample: int
+    place: int
+    turns: int
+    cut: bool
 
 
 class Shelf:
@@ -89,23 +101,26 @@ class Shelf:
             ).fetchone()
             yield Prompt(*json.loads(body))
 
-    def note(self, prompt_id: str, sample: int, offset: int) -> None:
-        """Note where the journal holds a rollout; a later record of the same key replaces it."""
+    def note(self, prompt_id: str, played: Played) -> Played | None:
+        """Note a record of the journal; return what was noted of its key before."""
+        before = [known for known in self.played(prompt_id) if known.sample == played.sample]
         self._db.execute(
-            "INSERT OR REPLACE INTO played VALUES (?, ?, ?)", (_key(prompt_id), sample, offset)
+            "INSERT OR REPLACE INTO played VALUES (?, ?, ?, ?, ?)", (_key(prompt_id), *played)
         )
+        return before[0] if before else None
 
-    def played(self, prompt_id: str) -> list[int]:
-        """Return where the journal holds the rollouts of a prompt, by sample."""
+    def played(self, prompt_id: str) -> list[Played]:
+        """Return what the journal holds of a prompt, by sample."""
         found = self._db.execute(
-            "SELECT offset FROM played WHERE id = ? ORDER BY sample", (_key(prompt_id),)
+            "SELECT sample, place, turns, cut FROM played WHERE id = ? ORDER BY sample",
+            (_key(prompt_id),),
         )
-        return [offset for (offset,) in found]
+        return [Played(sample, place, turns, bool(cut)) for sample, place, turns, cut in found]
 
-    def all_played(self) -> Iterator[int]:
-        """Yield where the journal holds each rollout, in key order."""
-        for (offset,) in self._db.execute("SELECT offset FROM played ORDER BY id, sample"):
-            yield offset
+    def places(self) -> Iterator[int]:
+        """Yield where the record of each rollout begins, in key order."""
+        for (place,) in self._db.execute("SELECT place FROM played ORDER BY id, sample"):
+            yield place
 
     def close(self) -> None:
         """Close the file."""

@@ -4,27 +4,24 @@ python stages/generate.py --model POLICY --output_repo ./rollouts
 """
 
 import asyncio
-import importlib
 import json
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import store
 from pipeline.config import execution, run
-from pipeline.engines import ENGINES
+from pipeline.engines import ENGINES, SPEAK_TEXT
 from pipeline.environments import ENVIRONMENTS, NEEDS_USER_MODEL
 from pipeline.errors import DataError
 from pipeline.plans import PLANS, Plan, plan_for
 
 if TYPE_CHECKING:
-    from pipeline.engines.base import Engine
-    from pipeline.prompts import Prompt, Prompts
-    from pipeline.records import Rollout
-    from pipeline.rollout import Table
+    from pipeline.generation import Generation
+    from pipeline.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -44,15 +41,39 @@ class Config:
     num_turns: int = 5
     """Policy turns of a full dialogue (H)."""
     temperature: float = 0.8
-    """Sampling temperature of the policy and of the user model; 0 is greedy."""
+    """Sampling temperature of the policy, and of a user model without its own; 0 is greedy."""
     maxlen: int = 1024
-    """Most new ids of one turn, for the policy and for the user model."""
+    """Most new ids of one turn of the policy, and of the user model unless it has its own bound."""
     top_p: float = 1.0
     """Nucleus sampling of the policy; below 1 the engine's log-probs are not kept."""
     top_k: int = 0
     """Top-k sampling of the policy; 0 is off, otherwise the engine's log-probs are not kept."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a turn of the policy as soon as it says one; they stay in the turn."""
+    system_prompt: str = ""
+    """System message of the policy, in place of the dataset's own."""
+    template_kwargs: str = ""
+    """Further variables of the policy's chat template, as JSON: {"enable_thinking": false}."""
+    user_temperature: float | None = None
+    """Sampling temperature of the user model; the policy's when not given."""
+    user_maxlen: int = 0
+    """Most new ids of one reply of the user model; --maxlen when 0."""
+    user_top_p: float = 1.0
+    """Nucleus sampling of the user model."""
+    user_top_k: int = 0
+    """Top-k sampling of the user model; 0 is off."""
+    user_stop: tuple[str, ...] = ()
+    """Texts that end a reply of the user model; they are cut off."""
+    user_system_prompt: str = ""
+    """System message of the user model."""
+    user_template_kwargs: str = ""
+    """Further variables of the user model's chat template, as JSON."""
+    stop_phrase: str = ""
+    """What the user model says when it has nothing more to ask: it ends the dialogue."""
     world_size: int = execution(1)
     """GPUs of each started vLLM server (tensor parallel)."""
+    user_world_size: int = execution(0)
+    """GPUs of the user model's server; --world_size when 0."""
     seed: int = 0
     """Run seed; every utterance's seed follows from it, the prompt, the sample and the turn."""
     output_dir: str = execution("")
@@ -72,7 +93,7 @@ class Config:
     last_reply: bool = False
     """Play the reply after the score turn too, for rewards that read it."""
     engine: str = "hf"
-    """What runs the policy: hf (in this process), vllm (servers) or scripted."""
+    """What runs the policy: hf (in this process), vllm, trl (servers), openai (API) or scripted."""
     user_engine: str = ""
     """What runs the user model; the policy's engine when empty."""
     script: str = ""
@@ -81,6 +102,18 @@ class Config:
     """Attach to these servers for the policy instead of starting one."""
     user_url: tuple[str, ...] = execution(())
     """Attach to these servers for the user model instead of starting one."""
+    policy_api_key_env: str = execution("")
+    """Environment variable with the key of the policy's servers; the usual one when empty."""
+    user_api_key_env: str = execution("")
+    """Environment variable with the key of the user model's servers."""
+    request_timeout: float = execution(3600.0)
+    """Seconds until a request to a server counts as failed."""
+    retries: int = execution(5)
+    """How often a request that a server failed is sent again before its rollout fails."""
+    server_restarts: int = execution(3)
+    """How often a started server that dies is started again."""
+    max_failed_share: float = execution(0.01)
+    """Share of the rollouts that may fail; with more the stage stops, resumable, without a repo."""
     policy_gpus: str = execution("")
     """GPUs of a started policy server, such as 0,1; all that are visible when empty."""
     user_gpus: str = execution("")
@@ -90,17 +123,23 @@ class Config:
     device: str = execution("auto")
     """Where the hf engine runs: auto, cpu, cuda or cuda:N."""
     max_model_len: int = 0
-    """Longest context in ids; 0 takes the model's own."""
+    """Longest context of the policy in ids; 0 takes the model's own."""
+    user_max_model_len: int = 0
+    """Longest context of the user model in ids; 0 takes the model's own."""
     concurrency: int = execution(512)
-    """Prompts in play at the same time."""
+    """Dialogues in play at the same time."""
     max_batch_tokens: int = execution(131072)
     """Ids in one batch of the hf engine, new ones included."""
     max_batch_rows: int = execution(512)
     """Requests in one batch of the hf engine."""
     server_args: tuple[str, ...] = execution(())
-    """Further arguments of a started vLLM server, such as --gpu-memory-utilization=0.8."""
+    """Further arguments of started vLLM servers, such as --gpu-memory-utilization=0.8."""
+    user_server_args: tuple[str, ...] = execution(())
+    """Arguments of the user model's server alone, after --server_args."""
     trust_remote_code: bool = False
     """Run code that a model repo brings along."""
+    dry_run: bool = execution(False)
+    """Print rows, turns, tokens and time of the run, from a short probe, and write nothing."""
 
     def __post_init__(self) -> None:
         known: list[tuple[str, Iterable[str], str]] = [
@@ -114,17 +153,22 @@ class Config:
             for value, names, flag in known
             if value not in set(names)
         ]
-        if not self.output_repo and not self.output_dir:
+        if not self.output_repo and not self.output_dir and not self.dry_run:
             problems.append("--output_repo is missing: ./folder, or org/name on the Hub")
         if "scripted" in (self.engine, self.user_engine) and not self.script:
             problems.append("--engine scripted needs --script")
         if (self.environment == "guessing_game") != self.dataset.startswith("guessing_game"):
             problems.append("--environment guessing_game and --dataset guessing_game go together")
+        if self.stop_phrase and self.environment not in NEEDS_USER_MODEL:
+            problems.append("--stop_phrase needs a user model: --environment simulated_user")
         for name, least in [("num_turns", 1), ("maxlen", 1), ("group_size", 1), ("concurrency", 1)]:
             if getattr(self, name) < least:
                 problems.append(f"--{name} {getattr(self, name)}: at least {least}")
-        if self.num_data < 0 or self.temperature < 0:
-            problems.append("--num_data and --temperature can't be negative")
+        if min(self.num_data, self.temperature, self.user_temperature or 0, self.retries) < 0:
+            problems.append("--num_data, temperatures and --retries can't be negative")
+        for name in ("template_kwargs", "user_template_kwargs"):
+            if not _is_json_object(getattr(self, name)):
+                problems.append(f'--{name} must be JSON such as {{"enable_thinking": false}}')
         if problems:
             raise DataError("; ".join(problems))
 
@@ -132,10 +176,33 @@ class Config:
     def repo(self) -> str:
         return self.output_repo or self.output_dir
 
+    @property
+    def parties(self) -> list[str]:
+        return ["policy", "user"][: 1 + (self.environment in NEEDS_USER_MODEL)]
+
+    def plan_of(self, prompt_id: str) -> Plan:
+        """Return the plan of a prompt."""
+        return plan_for(self.plan, self.seed, prompt_id, self.num_turns, self.group_size)
+
+    def turns_of(self, plan: Plan) -> int:
+        """Return the policy turns of a rollout that nothing ends early."""
+        return max(plan.score_turn + 1, self.num_turns if self.full_dialogues else 0)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False
+
 
 def main(config: Config) -> None:
     """Play what is missing of each prompt's rollouts, then write them in key order."""
-    from pipeline.prompts import load_prompts, source_of
+    if config.dry_run:
+        _dry_run(config)
+        return
+    from pipeline.generation import Generation
+    from pipeline.prompts import source_of
 
     output = store.begin(
         "generate",
@@ -149,175 +216,100 @@ def main(config: Config) -> None:
     )
     if output.finished:
         return
-    prompts = load_prompts(
+    with (
+        closing(_prompts(config, output.work / "prompts.db")) as shelf,
+        closing(output.journal()) as journal,
+    ):
+        generation = Generation(
+            shelf, journal, config.plan_of, config.turns_of, config.max_failed_share
+        )
+        if generation.prompts_left:
+            asyncio.run(_play(config, generation, output))
+        generation.refuse_failures()
+        _write(output, generation)
+
+
+def _prompts(config: Config, path: Path | None) -> "Shelf":
+    from pipeline.prompts import load_prompts
+
+    return load_prompts(
         config.dataset,
         config.dataset_split,
         config.num_data,
         config.seed,
         keep_user_turns=config.environment == "fixed_user",
+        path=path,
     )
-    plans = {
-        prompt.prompt_id: plan_for(
-            config.plan, config.seed, prompt.prompt_id, config.num_turns, config.group_size
-        )
-        for prompt in prompts.prompts
-    }
-    with closing(output.journal()) as journal:
-        done = _finished(journal)
-        asyncio.run(_play(config, output, prompts.prompts, plans, done, journal))
-    _write(output, prompts)
 
 
 def _fingerprints(config: Config) -> dict[str, str]:
-    models = {"model": config.model}
-    if config.environment in NEEDS_USER_MODEL:
-        models["user_model"] = config.user_model
-    return {name: store.fingerprint_model(model) for name, model in models.items()}
+    """Fingerprint the models; one behind an API is known by its name alone."""
+    models = {"model": (config.model, config.engine)}
+    if "user" in config.parties:
+        models["user_model"] = (config.user_model, config.user_engine or config.engine)
+    return {
+        role: f"{engine}:{model}" if engine in SPEAK_TEXT else store.fingerprint_model(model)
+        for role, (model, engine) in models.items()
+    }
 
 
-def _finished(journal: store.Journal) -> dict[str, list["Rollout"]]:
-    """Return what an earlier run finished, by prompt."""
-    from pipeline.rows import rollout_from_row
+async def _play(config: Config, generation: "Generation", output: store.Run) -> None:
+    from pipeline.admission import play_all
+    from pipeline.meter import shown
+    from pipeline.parties import open_table
 
-    done: dict[str, list[Rollout]] = {}
-    for row in journal.records():
-        done.setdefault(row["prompt_id"], []).append(rollout_from_row(row))
-    return done
-
-
-async def _play(
-    config: Config,
-    output: store.Run,
-    prompts: list["Prompt"],
-    plans: dict[str, Plan],
-    done: dict[str, list["Rollout"]],
-    journal: store.Journal,
-) -> None:
-    from tqdm import tqdm
-
-    from pipeline.rollout import play_all
-    from pipeline.rows import rollout_row
-
-    total = sum(plan.samples for plan in plans.values())
-    with tqdm(total=total, initial=sum(map(len, done.values())), unit="rollout") as bar:
-
-        def finished(rollout: "Rollout") -> None:
-            journal.append(rollout_row(rollout))
-            bar.update()
-
-        jobs = [(p, plans[p.prompt_id], done.get(p.prompt_id, [])) for p in prompts]
-        missing = [job for job in jobs if not _is_whole(job[1], job[2])]
-        if not missing:
-            return
-        async with AsyncExitStack() as opened:
-            table = _open_table(config, output, finished, opened)
-            await play_all(missing, table, config.concurrency)
+    async with AsyncExitStack() as opened:
+        table = await open_table(config, output.date, output.work, generation.meter, opened)
+        table = replace(table, finished=generation.finished)
+        generation.in_flight = lambda: table.rounds.live
+        async with shown(generation.progress.line, generation.journal.sync):
+            await play_all(generation.jobs(), table, config.concurrency)
 
 
-def _is_whole(plan: Plan, done: list["Rollout"]) -> bool:
-    """Whether nothing of a prompt is left to play; one that ended before its fork is alone."""
-    reached = all(len(rollout.turns or []) > (plan.branch_turn or 0) for rollout in done)
-    return len(done) == plan.samples or (bool(done) and not reached)
-
-
-def _open_table(
-    config: Config, output: store.Run, finished: Any, opened: AsyncExitStack
-) -> "Table":
-    """Load policy and user model, which `opened` closes, and sit them down at a table."""
-    from pipeline.chat import load_chat
-    from pipeline.engines.base import Sampling
-    from pipeline.engines.rounds import Rounds
-    from pipeline.environments.simulated_user import User
-    from pipeline.rollout import Table, TemplateContext
-
-    rounds = Rounds()
-    chat = load_chat(config.model, output.date, config.trust_remote_code)
-    policy = _open_engine(config, output, "policy", chat.tokenizer, rounds)
-    opened.push_async_callback(policy.close)
-    user = None
-    if config.environment in NEEDS_USER_MODEL:
-        user_chat = load_chat(config.user_model, output.date, config.trust_remote_code)
-        asking = _open_engine(config, output, "user", user_chat.tokenizer, rounds)
-        opened.push_async_callback(asking.close)
-        user = User(asking, user_chat, Sampling(config.temperature, config.maxlen))
-    return Table(
-        run_seed=config.seed,
-        engine=policy,
-        chat=chat,
-        sampling=Sampling(config.temperature, config.maxlen, config.top_p, config.top_k),
-        context=TemplateContext(chat),
-        environment=_build(ENVIRONMENTS[config.environment])(config, user),
-        rounds=rounds,
-        finished=finished,
-        least_turns=config.num_turns if config.full_dialogues else 0,
-        play_last_reply=config.last_reply,
-    )
-
-
-def _open_engine(
-    config: Config, output: store.Run, party: str, tokenizer: Any, rounds: Any
-) -> "Engine":
-    from pipeline.engines.base import EngineOptions
-
-    is_user = party == "user"
-    logs = Path(config.output_dir) if config.output_dir else output.work
-    options = EngineOptions(
-        rounds=rounds,
-        dtype=config.dtype,
-        device=config.device,
-        max_batch_tokens=config.max_batch_tokens,
-        max_batch_rows=config.max_batch_rows,
-        urls=config.user_url if is_user else config.policy_url,
-        gpus=config.user_gpus if is_user else config.policy_gpus,
-        tensor_parallel=config.world_size,
-        max_model_len=config.max_model_len,
-        log_dir=logs,
-        script=config.script,
-        trust_remote_code=config.trust_remote_code,
-        extra_args=config.server_args,
-    )
-    engine = (config.user_engine or config.engine) if is_user else config.engine
-    model = config.user_model if is_user else config.model
-    return _build(ENGINES[engine])(model, tokenizer, options)
-
-
-def _build(dotted: str) -> Any:
-    module, _, function = dotted.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _write(output: store.Run, prompts: "Prompts") -> None:
+def _write(output: store.Run, generation: "Generation") -> None:
     """Write the journal's rollouts in key order, with the counts people ask for."""
-    import pyarrow as pa
-
-    from pipeline.records import ROLLOUTS
-
-    with closing(output.journal()) as journal:
-        rows = sorted(journal.records(), key=lambda row: (row["prompt_id"], row["sample"]))
-    counts = _counts(rows)
-    batches = (
-        pa.RecordBatch.from_pylist(rows[start : start + 1024], schema=ROLLOUTS)
-        for start in range(0, len(rows), 1024)
-    )
+    shelf, summary = generation.shelf, generation.summary
+    counts = summary.nonzero()
+    rollouts = counts.pop("rollouts")
     output.write(
-        {"train": batches},
-        dropped=prompts.dropped,
-        counts={"rows_in": prompts.rows, "rows_out": len(rows), **counts},
+        {"train": generation.batches()},
+        dropped=shelf.dropped(),
+        counts={"rows_in": shelf.rows, "rows_out": rollouts, **counts},
+        extra={"spent": summary.spent},
+        card={"tables": [_spent_table(summary.spent)]} if summary.spent else {},
     )
-    print(", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
-    print(f"{len(rows)} rollouts of {len(prompts.prompts)} prompts are in {output.name.text}")
+    print(", ".join(f"{name} {n}" for name, n in counts.items()))
+    print(f"{rollouts} rollouts of {len(shelf)} prompts are in {output.name.text}")
 
 
-def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Count rollouts by status and by how they ended, turns by how they stopped, ids, retries."""
-    counts = Counter(f"status_{row['status']}" for row in rows)
-    counts += Counter(f"end_{row['end_reason']}" for row in rows)
-    turns = [turn for row in rows for turn in row["turns"]]
-    counts += Counter(f"finish_{turn['finish_reason']}" for turn in turns)
-    counts["response_ids"] = sum(len(turn["response_ids"]) for turn in turns)
-    retries = (json.loads(row["info"]).get("user_retries", {}) for row in rows)
-    counts["user_retries"] = sum(sum(by_turn.values()) for by_turn in retries)
-    return counts
+def _spent_table(spent: dict[str, Any]) -> dict[str, Any]:
+    names = ("requests", "tokens_in", "tokens_out", "tokens_cached")
+    rows = [[party, *(counts.get(name, "") for name in names)] for party, counts in spent.items()]
+    return {"title": "What it took", "columns": ["party", *names], "rows": rows}
+
+
+def _dry_run(config: Config) -> None:
+    """Say what the run would take, and leave nothing behind."""
+    with TemporaryDirectory() as work, closing(_prompts(config, Path(work, "prompts.db"))) as shelf:
+        print("\n".join(asyncio.run(_estimate(config, shelf, Path(work)))))
+
+
+async def _estimate(config: Config, shelf: "Shelf", work: Path) -> list[str]:
+    from datetime import UTC, datetime
+
+    from pipeline.estimate import PROBE_PROMPTS, probe, report, spread, work_of
+    from pipeline.meter import Meter
+    from pipeline.parties import open_table
+    from pipeline.rollout import Job
+
+    plans = (config.plan_of(prompt_id) for prompt_id in shelf.ids())
+    whole = work_of(plans, config.turns_of, config.last_reply)
+    meter, date = Meter(), datetime.now(UTC).date().isoformat()
+    jobs = [Job(p, config.plan_of(p.prompt_id)) for p in spread(shelf, len(shelf), PROBE_PROMPTS)]
+    async with AsyncExitStack() as opened:
+        table = await open_table(config, date, work, meter, opened)
+        probed = await probe(jobs, table, meter.total, config.concurrency)
+    return report(whole, probed, config.concurrency)
 
 
 if __name__ == "__main__":

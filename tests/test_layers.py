@@ -43,7 +43,19 @@ GROUND = {
 }
 GROUND_LIBRARIES = {"numpy", "pyarrow", "torch"}
 # Loops over what the floors below offer. Every other module is an adapter: the first floor.
-LOOPS = {"cluster", "logprob_rows", "preferences", "reference", "rollout", "scoring", "training"}
+LOOPS = {
+    "admission",
+    "cluster",
+    "estimate",
+    "generation",
+    "logprob_rows",
+    "parties",
+    "preferences",
+    "reference",
+    "rollout",
+    "scoring",
+    "training",
+}
 
 HEAVY = {
     "accelerate",
