@@ -213,6 +213,10 @@ def test_decode_leaves_out_the_stop_token_and_nothing_else() -> None:
     start = ids_of(chat, "<|im_start|>")
     assert chat.decode([*ids, *start, *ids]) == " two  words \n two  words \n"
     assert chat.decode([]) == ""
+    # A stop id that is no special token is left out at the end, and only there.
+    point = ids_of(chat, ".")
+    chat = Chat(make_tokenizer("chatml"), DATE, extra_stop_ids=point)
+    assert chat.decode([*ids, *point, *ids, *point]) == " two  words \n. two  words \n"
 
 
 @pytest.mark.parametrize("name", FORMATS)
