@@ -7,6 +7,8 @@ A new engine is a file and a line here. Each value is `module:function`; the fun
 ENGINES = {
     "hf": "pipeline.engines.hf:open_engine",
     "vllm": "pipeline.engines.vllm:open_engine",
+    "trl": "pipeline.engines.trl:open_engine",
+    "openai": "pipeline.engines.openai:open_engine",
     "scripted": "pipeline.engines.scripted:open_engine",
 }
 

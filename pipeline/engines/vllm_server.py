@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ POLL_S = 0.25
 
 # Telemetry is opt-in here; both names are vLLM's.
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+
+SWITCHES = ("--enable-prompt-tokens-details", "--disable-uvicorn-access-log")
 
 _ERROR = re.compile(r"\b[A-Za-z]*(?:Error|Exception): \S.*")
 
@@ -55,40 +58,35 @@ class VllmServer:
                 env=ENVIRONMENT | os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
             )
 
-    def check(self) -> None:
-        """Raise EngineError, with the exit code and the last log lines, if the server is gone."""
-        code = self._process.poll()
-        if code is not None:
-            raise EngineError(self._story(f"exited with code {code}"))
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, 128 + n where signal n ended the server; None while it runs."""
+        return self._process.poll()
 
-    def story_of_the_end(self, outage: str) -> str:
-        """Return what became of a server that answers no more, once it had time to exit."""
-        try:
-            code = self._process.wait(guard.GRACE_S)
-        except subprocess.TimeoutExpired:
-            return self._story(f"doesn't answer ({outage})")
-        return self._story(f"exited with code {code} ({outage})")
-
-    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Return when the server answers. Raises EngineError when it exits or takes too long."""
+    def wait_until_ready(
+        self, timeout_s: float = START_TIMEOUT_S, cancelled: threading.Event | None = None
+    ) -> None:
+        """Return when the server answers. Raises EngineError when it exits or takes too long, and
+        once `cancelled` is set.
+        """
         deadline = time.monotonic() + timeout_s
+        cancelled = cancelled or threading.Event()
         # trust_env off: a proxy for the outside world has no business before 127.0.0.1.
-        with httpx.Client(timeout=5.0, trust_env=False) as client:
+        with httpx.Client(timeout=1.0, trust_env=False) as client:
             while not self._is_up(client):
-                self.check()
+                if self.exit_code is not None:
+                    raise EngineError(self.story(f"exited with code {self.exit_code}"))
                 if time.monotonic() > deadline:
-                    raise EngineError(self._story(f"did not answer within {timeout_s:g} s"))
-                time.sleep(POLL_S)
+                    raise EngineError(self.story(f"did not answer within {timeout_s:g} s"))
+                if cancelled.wait(POLL_S):
+                    raise EngineError("the start of a vLLM server was called off")
 
     def close(self) -> None:
-        """End the server and all its workers; safe to repeat."""
+        """End the server and all its workers, within seconds; safe to repeat."""
         if self._process.stdin is not None:
             self._process.stdin.close()
-        try:
-            self._process.wait(guard.GRACE_S + 5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        # The guard kills what its grace doesn't end; killing the guard would free its wards.
+        self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -102,8 +100,10 @@ class VllmServer:
         except httpx.TransportError:
             return False
 
-    def _story(self, what: str) -> str:
-        """Tell the errors that the log names (a teardown's noise may follow them), and its end."""
+    def story(self, what: str) -> str:
+        """Say what happened, then the errors that the log names (a teardown's noise may follow
+        them), and its end.
+        """
         with self.log.open(encoding="utf-8", errors="replace") as file:
             tail: deque[str] = deque(maxlen=LOG_LINES)
             errors: dict[str, None] = {}
@@ -122,14 +122,14 @@ def start_server(
     log_dir: Path,
     flags: Mapping[str, str | int] | None = None,
     extra_args: Sequence[str] = (),
-    timeout_s: float = START_TIMEOUT_S,
     gpus: str = "",
+    cancelled: threading.Event | None = None,
 ) -> VllmServer:
     """Start a server for `model` on a free local port and wait until it answers.
 
     `flags` become `--name value`; `extra_args` come last and win; `gpus` is CUDA_VISIBLE_DEVICES of
-    the server, all that the stage sees when empty. Raises EngineError when vLLM
-    isn't installed, or when the server exits or doesn't answer within `timeout_s`.
+    the server, all that the stage sees when empty. Raises EngineError when vLLM isn't installed,
+    when the server exits or doesn't answer in time, and once `cancelled` is set.
     """
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("vLLM isn't installed. Install it with `pip install 'turnwise[vllm]'`")
@@ -138,7 +138,7 @@ def start_server(
     command = server_command(model, port, name, flags or {}, extra_args)
     server = VllmServer(command, f"http://127.0.0.1:{port}", name, log, gpus)
     try:
-        server.wait_until_ready(timeout_s)
+        server.wait_until_ready(cancelled=cancelled)
     except BaseException:
         server.close()
         raise
@@ -153,6 +153,7 @@ def server_command(
     `--generation-config vllm`: sampling parameters don't come from the model's folder.
     `--logprobs-mode processed_logprobs`: log-probs of the tempered distribution sampled from.
     `--load-format safetensors`: no pickled weights.
+    `--enable-prompt-tokens-details`: usage tells how much of a prompt was cached.
     """
     fixed: dict[str, str | int] = {
         "model": model,
@@ -168,7 +169,7 @@ def server_command(
     whole = ["--no-enable-chunked-prefill"] if _is_cpu_build() else []
     pairs = [part for key, value in (fixed | dict(flags)).items() for part in (f"--{key}", value)]
     start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    return [*start, *map(str, pairs), "--disable-uvicorn-access-log", *whole, *extra_args]
+    return [*start, *map(str, pairs), *SWITCHES, *whole, *extra_args]
 
 
 def _is_cpu_build() -> bool:
