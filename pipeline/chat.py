@@ -97,10 +97,12 @@ class Chat:
         the last policy turn and what followed it included. Where the template only appends, keep
         is the whole context.
         """
-        if self.append_only or self._still_appends(context, messages, tools):
+        if self.append_only:
             return len(context), self._bridge(context, messages, tools)
-        true = self._true_prefix(context, self._render(clean(messages), tool_schemas(tools)))
-        start = len(self._text(context[:true]))
+        seen, page = self._text(context), self._render(clean(messages), tool_schemas(tools))
+        if self._still_appends(seen, page, messages, tools):
+            return len(context), self._bridge(context, messages, tools)
+        true, start = self._true_prefix(context, seen, page)
         ids = [*context[:true], *self._encode(messages, tools, lambda page: page[start:])]
         keep = _common_prefix(context, ids)
         return keep, ids[keep:]
@@ -243,25 +245,31 @@ class Chat:
         before = self._render(probe[:-1], None)
         return before + content, f"{before} {content}"
 
-    def _still_appends(self, context: Sequence[int], messages: Messages, tools: str | None) -> bool:
-        """Test, for a template that may rewrite history, that this dialogue's is left as it was."""
-        said, schemas = clean(messages), tool_schemas(tools)
-        last = last_assistant(said)
-        text = self._text(context)
-        before = self._render(said[:last], schemas)
-        page = self._render(said, schemas)
-        spoken = text[len(before) :]
+    def _still_appends(self, seen: str, page: str, messages: Messages, tools: str | None) -> bool:
+        """Test, for a template that may rewrite history, that this dialogue's is left as it was.
+
+        `seen`: the text of the last context and its response; `page`: what the template now writes.
+        """
+        said = clean(messages)
+        before = self._render(said[: last_assistant(said)], tool_schemas(tools))
+        spoken = seen[len(before) :]
         for stop in sorted(self._text([i]) for i in self.stop_ids):
             spoken = spoken.removesuffix(stop)
-        return text.startswith(before) and page.startswith(before + spoken)
+        return seen.startswith(before) and page.startswith(before + spoken)
 
-    def _true_prefix(self, context: Sequence[int], page: str) -> int:
-        """Count the ids of a context that the page repeats, up to a special token.
+    def _true_prefix(self, context: Sequence[int], seen: str, page: str) -> tuple[int, int]:
+        """Count the ids of a context, and their characters, that the page repeats.
 
-        A text goes on there as it starts, so that what is encoded anew has its usual ids.
+        It ends before a special token: a text goes on there as it starts, so that what is encoded
+        anew has its usual ids.
         """
-        cuts = (i for i in reversed(range(len(context))) if context[i] in self._special_ids)
-        return next((i for i in cuts if page.startswith(self._text(context[:i]))), 0)
+        for i in reversed(range(len(context))):
+            if context[i] in self._special_ids:
+                # What follows is shorter to decode than what comes before.
+                start = len(seen) - len(self._text(context[i:]))
+                if page.startswith(seen[:start]):
+                    return i, start
+        return 0, 0
 
     def _turn(
         self, page: str, said: list[dict[str, Any]], turn: int, schemas: list | None
