@@ -1,9 +1,11 @@
 """An engine's batch and its prefix cache in simulated time: no clock, no network, no model.
 
 A request waits until one of the slots is free (first come, first served), reads those ids of its
-context that aren't cached, and then says one id a step. A step takes longer the more slots are
-busy. Times are seconds of whatever clock the caller passes in; they may be passed in late, and the
-batch has then done at the right moments what was due until then.
+context that aren't cached, and then says one id a step. Contexts are read one after the other, and
+nobody speaks meanwhile: reading is bound by arithmetic, of which an engine has so much a second. A
+step takes longer the more slots are busy. Times are seconds of whatever clock the caller passes in;
+they may be passed in late, and the batch has then done at the right moments what was due until
+then.
 """
 
 import heapq
@@ -25,7 +27,7 @@ class Costs:
     """What an engine's work takes: 0 is nothing. Real seconds are these divided by `time_scale`."""
 
     prefill_ids_per_s: float = 0.0
-    """Uncached ids that a slot reads in a second; 0: as many as there are."""
+    """Uncached ids that the engine reads in a second; 0: as many as there are."""
     step_s: float = 0.0
     """An id of one slot, alone in the batch."""
     row_s: float = 0.0
@@ -93,6 +95,7 @@ class Job:
     prefill: Callable[[], float]
     owner: Any = None
     state: str = field(default="waiting", init=False)
+    left_to_read_s: float = field(default=0.0, init=False)
 
 
 class Batch:
@@ -108,7 +111,7 @@ class Batch:
         self.waiting: deque[Job] = deque()
         self._steps_done = 0.0
         self._order = itertools.count()
-        self._reading: list[tuple[float, int, Job]] = []  # until this time
+        self._reading: deque[Job] = deque()
         self._saying: list[tuple[float, int, Job]] = []  # until so many steps are done
 
     def submit(self, job: Job) -> None:
@@ -127,22 +130,24 @@ class Batch:
 
     def next_event(self) -> float:
         """Return when something happens next if nothing is submitted before; inf for never."""
-        for heap in (self._reading, self._saying):
-            while heap and heap[0][2].state == "cancelled":
-                heapq.heappop(heap)
-        read = self._reading[0][0] if self._reading else math.inf
+        while self._reading and self._reading[0].state == "cancelled":
+            self._reading.popleft()
+        if self._reading:
+            return self.time_s + self._reading[0].left_to_read_s
+        while self._saying and self._saying[0][2].state == "cancelled":
+            heapq.heappop(self._saying)
         if not self._saying:
-            return read
+            return math.inf
         left = self._saying[0][0] - self._steps_done
-        return min(read, self.time_s + left * self.costs.step(self.busy))
+        return self.time_s + left * self.costs.step(self.busy)
 
     def advance(self, until_s: float) -> list[Job]:
         """Move to `until_s`; return the jobs that were finished on the way, in order."""
         finished: list[Job] = []
         while (event := self.next_event()) <= until_s:
             self._pass(event)
-            if self._reading and self._reading[0][0] <= event:
-                self._begin_to_say(heapq.heappop(self._reading)[2])
+            if self._reading:
+                self._begin_to_say(self._reading.popleft())
                 continue
             self._steps_done, _, job = heapq.heappop(self._saying)
             job.state = "finished"
@@ -156,9 +161,10 @@ class Batch:
         passed = max(until_s - self.time_s, 0.0)
         self.time_s += passed
         self.busy_slot_s += self.busy * passed
-        step = self.costs.step(self.busy)
-        if self._saying and step:
-            self._steps_done += passed / step
+        if self._reading:
+            self._reading[0].left_to_read_s -= passed
+        elif self._saying and passed:
+            self._steps_done += passed / self.costs.step(self.busy)
 
     def _admit(self) -> None:
         while self.waiting and self.busy < self.slots:
@@ -166,8 +172,8 @@ class Batch:
             job.state = "running"
             self.busy += 1
             self.peak_busy = max(self.peak_busy, self.busy)
-            until = self.time_s + job.prefill()
-            heapq.heappush(self._reading, (until, next(self._order), job))
+            job.left_to_read_s = job.prefill()
+            self._reading.append(job)
 
     def _begin_to_say(self, job: Job) -> None:
         heapq.heappush(self._saying, (self._steps_done + job.steps, next(self._order), job))

@@ -48,7 +48,7 @@ HELP = {
     "length_sigma": "the standard deviation of the logarithm of an answer's length",
     "slots": "requests in the batch; others wait, first come, first served",
     "cache_blocks": "blocks of 16 ids in the prefix cache",
-    "prefill_ids_per_s": "uncached ids that a slot reads in a second; 0 reads in no time",
+    "prefill_ids_per_s": "uncached ids that are read in a second; 0 reads in no time",
     "step_ms": "milliseconds of an id",
     "row_ms": "milliseconds that each busy slot adds to every id",
     "time_scale": "how many times faster than these latencies it really is",

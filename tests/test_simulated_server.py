@@ -19,6 +19,7 @@ sys.path.append(str(BENCH))
 
 from _servers import simulated_server  # noqa: E402 - found by the path above
 from _simulated_batch import BLOCK, Batch, Costs, Job, PrefixCache  # noqa: E402 - as above
+from _simulated_engine import Settings, answer_to  # noqa: E402 - as above
 
 STOP = 9
 
@@ -67,6 +68,16 @@ def test_reading_comes_before_saying_and_waking_late_changes_nothing():
     late.submit(job("b", 1, prefill_s=0.5))
     assert [done.owner for done in late.advance(100.0)] == ["a", "b"]
     assert (late.busy_slot_s, late.time_s) == (6.5, 100.0)
+
+
+def test_contexts_are_read_one_after_the_other_and_nobody_speaks_meanwhile():
+    """a reads until 2, b until 5, then both say an id a second: a's two until 7, b's one until 6.
+    c is there from 6 on, for b's slot: it reads until 7, when a has its last id still to say.
+    """
+    batch = Batch(2, Costs(step_s=1.0))
+    for name, steps, prefill_s in [("a", 2, 2.0), ("b", 1, 3.0), ("c", 1, 1.0)]:
+        batch.submit(job(name, steps, prefill_s))
+    assert finish_times(batch) == {"b": 6.0, "a": 8.0, "c": 8.0}
 
 
 def test_time_scale_divides_every_latency():
@@ -138,11 +149,11 @@ def test_answers_depend_on_context_seed_and_sampling_alone(server):
 
 
 def test_lengths_are_log_normal():
-    with simulated_server("tiny", length_median=50, length_sigma=0.5) as server:
-        said = complete_all(server.url, [request([1, 2], seed) for seed in range(600)])
-    logs = np.log([len(one.ids) for one in said])
-    assert abs(np.median(logs) - np.log(50)) < 0.08
-    assert abs(logs.std() - 0.5) < 0.05
+    settings = Settings(length_median=50, length_sigma=0.5)
+    bodies = [{"seed": seed, "stop_token_ids": [STOP], "max_tokens": 999} for seed in range(2000)]
+    logs = np.log([len(answer_to(body, np.arange(3), settings).ids) for body in bodies])
+    assert abs(np.median(logs) - np.log(50)) < 0.04
+    assert abs(logs.std() - 0.5) < 0.03
 
 
 def test_it_says_what_it_counted(server):
