@@ -86,8 +86,12 @@ class Progress:
     in_flight: Callable[[], int]
     done: int = 0
     failed: int = 0
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = 0.0
     _seen: deque[tuple[float, dict[str, int]]] = field(default_factory=deque)
+
+    def start(self) -> None:
+        """Reckon from now: models are loaded, dialogues begin."""
+        self._began = time.monotonic()
 
     def skip(self, turns: int) -> None:
         """Take turns that need not be played off what is left."""

@@ -262,6 +262,7 @@ async def _play(config: Config, generation: "Generation", output: store.Run) -> 
         table = await open_table(config, output.date, output.work, generation.meter, opened)
         table = replace(table, finished=generation.finished)
         generation.in_flight = lambda: table.rounds.live
+        generation.progress.start()
         async with shown(generation.progress.line, generation.journal.sync):
             await play_all(generation.jobs(), table, config.concurrency)
 
