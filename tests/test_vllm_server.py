@@ -9,18 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.engines import guard
-from pipeline.engines.base import Completion, EngineOptions, Request
+from pipeline.engines.base import Completion, EngineOptions, Request, Usage
 from pipeline.engines.rounds import Rounds
 from pipeline.engines.vllm import VllmEngine, open_engine
 from pipeline.engines.vllm_server import VllmServer, server_command
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, RequestFailed
 from vllm_fixtures import request, save_tiny_llama
 
 # Two processes in one group, as a server and its worker; the first writes both ids into a file.
@@ -125,7 +125,7 @@ def test_the_command_pins_what_exactness_needs() -> None:
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", "m", "--served-model-name", "name", "--host", "127.0.0.1", "--port", "8001"),
         *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
-        *("--load-format", "safetensors", "--dtype", "float32"),
+        *("--load-format", "safetensors", "--dtype", "float32", "--enable-prompt-tokens-details"),
         *("--disable-uvicorn-access-log", "--no-enable-chunked-prefill", "--enforce-eager"),
     ]
 
@@ -133,14 +133,14 @@ def test_the_command_pins_what_exactness_needs() -> None:
 def test_a_teardowns_noise_does_not_hide_the_error(tmp_path: Path) -> None:
     code = "print('(W pid=1) ERROR x RuntimeError: head_dim=24'); print('noise\\n' * 99); exit(0)"
     server = VllmServer([sys.executable, "-c", code], "http://127.0.0.1:9", "x", tmp_path / "log")
-    with server:
-        told = server.story_of_the_end("refused")
-    assert "exited with code 0 (refused). It said:\n  RuntimeError: head_dim=24" in told
+    with server, pytest.raises(EngineError) as caught:
+        server.wait_until_ready(30)
+    assert "exited with code 0. It said:\n  RuntimeError: head_dim=24" in str(caught.value)
 
 
 EOS = 4  # <|eot_id|> of the tiny tokenizer
 
-# The rest is one real server, started once; the last test kills it.
+# The rest is one real server; the last test kills it twice, and it is started again once.
 
 
 @pytest.fixture(scope="module")
@@ -152,33 +152,53 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass
+class Opened:
+    """An engine with its server, and the event loop that it lives in."""
+
+    engine: VllmEngine
+    runner: asyncio.Runner
+    told: list[str]
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Send the requests together."""
+
+        async def run() -> list[Completion]:
+            return await asyncio.gather(*map(self.engine.complete, requests))
+
+        return self.runner.run(run())
+
+    def kill(self) -> None:
+        """Kill the server, not its guard."""
+        guards = [line for line in self.children() if "guard.py" in line[1]]
+        [[watcher, _]] = guards
+        [pid] = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
+        os.kill(int(pid), signal.SIGKILL)
+
+    def children(self) -> list[tuple[int, str]]:
+        """Return the process ids and commands of this process's children that run."""
+        listed = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        return [(int(p), Path(f"/proc/{p}/cmdline").read_text()) for p in listed if _runs(int(p))]
+
+
 @pytest.fixture(scope="module")
-def opened(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+def opened(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    told: list[str] = []
     options = EngineOptions(
         Rounds(),
         dtype="float32",
         max_model_len=128,
         log_dir=tmp_path_factory.mktemp("logs"),
         # Compiling takes longer than these tests do.
-        extra_args=("--enforce-eager",),
+        extra_args=("--enforce-eager", "--block-size", "32"),
+        restarts=1,
+        tell=told.append,
     )
     engine = open_engine(str(model), None, options)
-    yield engine
-    asyncio.run(engine.close())
-
-
-def complete(opened: VllmEngine, requests: Sequence[Request]) -> list[Completion]:
-    """Send the requests together. A client belongs to one event loop, so each call has its own."""
-
-    async def run() -> list[Completion]:
-        engine = VllmEngine(opened.servers, opened.process)
-        try:
-            return await asyncio.gather(*map(engine.complete, requests))
-        finally:
-            await engine._client.aclose()
-
-    return asyncio.run(run())
+    with asyncio.Runner() as runner:
+        yield Opened(engine, runner, told)
+        runner.run(engine.close())
 
 
 def prompts(count: int, **sampling: Any) -> list[Request]:
@@ -191,15 +211,13 @@ def prompts(count: int, **sampling: Any) -> list[Request]:
     return [replace(r, stop_ids=ids) for r, ids in zip(requests, stop_ids, strict=True)]
 
 
-def test_logprobs_are_those_of_transformers_and_stops_are_kept(
-    opened: VllmEngine, model: Path
-) -> None:
+def test_logprobs_are_those_of_transformers_and_stops_are_kept(opened: Opened, model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     requests = prompts(32, temperature=0.8, max_tokens=24)
-    completions = complete(opened, requests)
+    completions = opened.complete(requests)
     for sent, done in zip(requests, completions, strict=True):
         ids = torch.tensor([[*sent.ids, *done.ids]])
         with torch.no_grad():
@@ -215,18 +233,16 @@ def test_logprobs_are_those_of_transformers_and_stops_are_kept(
     assert {done.finish_reason for done in completions} == {"stop", "length"}
 
 
-def test_a_seed_draws_the_same_ids_in_any_order(opened: VllmEngine) -> None:
+def test_a_seed_draws_the_same_ids_in_any_order(opened: Opened) -> None:
     requests = prompts(16, temperature=0.8, max_tokens=8)
-    first = complete(opened, requests)
-    again = complete(opened, requests[::-1])[::-1]
+    first = opened.complete(requests)
+    again = opened.complete(requests[::-1])[::-1]
     assert [done.ids for done in again] == [done.ids for done in first]
-    other = complete(opened, [replace(request, seed=2**63 - 1) for request in requests])
+    other = opened.complete([replace(request, seed=2**63 - 1) for request in requests])
     assert [done.ids for done in other] != [done.ids for done in first]
 
 
-def test_greedy_takes_the_likeliest_ids_and_keeps_no_logprobs(
-    opened: VllmEngine, model: Path
-) -> None:
+def test_greedy_takes_the_likeliest_ids_and_keeps_no_logprobs(opened: Opened, model: Path) -> None:
     """The folder's repetition penalty of 2 would show here."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -234,7 +250,7 @@ def test_greedy_takes_the_likeliest_ids_and_keeps_no_logprobs(
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for sent, done in zip(
         requests := prompts(8, temperature=0.0, max_tokens=6),
-        complete(opened, requests),
+        opened.complete(requests),
         strict=True,
     ):
         with torch.no_grad():
@@ -243,26 +259,58 @@ def test_greedy_takes_the_likeliest_ids_and_keeps_no_logprobs(
         assert done.logprobs is None
 
 
-def test_the_context_asked_for_is_the_bound(opened: VllmEngine) -> None:
-    assert opened.max_context == 128
-    [done] = complete(opened, [replace(request([7] * 120, max_tokens=500), stop_ids=())])
+def test_the_context_asked_for_is_the_bound(opened: Opened) -> None:
+    assert opened.engine.max_context == 128
+    [done] = opened.complete([replace(request([7] * 120, max_tokens=500), stop_ids=())])
     assert (len(done.ids), done.finish_reason) == (8, "length")
 
 
-def test_a_refusal_carries_the_servers_message(opened: VllmEngine) -> None:
-    with pytest.raises(EngineError, match="answered 400: Token id 5000 is out of vocabulary"):
-        complete(opened, [request([5000])])
+def test_a_refusal_carries_the_servers_message(opened: Opened) -> None:
+    with pytest.raises(RequestFailed, match="answered 400: Token id 5000 is out of") as caught:
+        opened.complete([request([5000])])
+    assert caught.value.reason == "server_refused"
 
 
-def test_a_server_that_dies_at_work_is_an_error_with_its_log(opened: VllmEngine) -> None:
-    assert opened.process is not None
-    threading.Timer(1.0, _kill_server, [opened.process]).start()
-    requests = prompts(64, temperature=0.8, max_tokens=100)
-    with pytest.raises(EngineError, match=r"exited with code 137\. The last lines of .*\.log:\n."):
-        complete(opened, [replace(request, stop_ids=()) for request in requests * 20])
+def test_the_usage_tells_what_a_repeated_prefix_had_cached(opened: Opened) -> None:
+    """Blocks of 32 ids are cached once they are full."""
+    prompt = [*range(100, 150)]
+    [first] = opened.complete([request(prompt, max_tokens=4)])
+    [again] = opened.complete([request([*prompt, *first.ids, 20], max_tokens=4)])
+    assert first.usage == Usage(50, len(first.ids), 0)
+    assert again.usage == Usage(51 + len(first.ids), len(again.ids), 32)
 
 
-def _kill_server(server: VllmServer) -> None:
-    watcher = server._process.pid
-    [pid] = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
-    os.kill(int(pid), signal.SIGKILL)
+def test_a_stop_text_ends_a_turn_and_its_ids_stay(opened: Opened, model: Path) -> None:
+    """Stop at the text of the ids that were sampled third to fifth: they are all returned."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    free = replace(request([5, 6, 7], 3, temperature=0.8, max_tokens=24), stop_ids=())
+    [whole] = opened.complete([free])
+    texts = [tokenizer.decode(whole.ids[:n]) for n in range(25)]
+    stop = texts[5][len(texts[2]) :]
+    ends = next(n for n in range(25) if stop in texts[n])
+    [done] = opened.complete([replace(free, sampling=replace(free.sampling, stop=(stop,)))])
+    assert 1 < ends < 24
+    assert done.ids == whole.ids[:ends]
+    assert done.logprobs == pytest.approx(whole.logprobs[:ends], abs=1e-5)  # type: ignore[index]
+    assert done.finish_reason == "stop"
+    assert done.usage == Usage(3, ends, 0)
+
+
+def test_a_server_that_dies_at_work_is_started_again_and_draws_the_same_ids(
+    opened: Opened,
+) -> None:
+    requests = [replace(r, stop_ids=()) for r in prompts(64, temperature=0.8, max_tokens=100)]
+    before = opened.complete(requests[:8])
+    killer = threading.Timer(0.5, opened.kill)
+    killer.start()
+    after = opened.complete(requests * 4)
+    killer.join()
+    assert [done.ids for done in after[:8]] == [done.ids for done in before]
+    [line] = opened.told
+    assert line.startswith("the vLLM server exited with code 137; start 1 of at most 1 anew; its")
+    opened.kill()
+    with pytest.raises(EngineError, match=r"exited with code 137\. (?s:.*)\.log:\n.") as caught:
+        opened.complete(requests[:1])
+    assert str(caught.value).endswith("It was started anew 1 times; that was the last.")

@@ -27,6 +27,8 @@ CONNECT_TIMEOUT_S = 10.0
 # Shorter than uvicorn's 5 s: a connection that the server is just closing would fail a request.
 KEEP_ALIVE_S = 3.0
 LONGEST_PAUSE_S = 60.0
+# OpenAI's code for an account that is empty; the status, 429, is that of a server that is busy.
+NO_CREDIT = "insufficient_quota"
 OPEN_FILES = 65536
 WORDS = 500
 POLL_S = 0.1
@@ -58,6 +60,7 @@ class Wire:
         self._key = read_key(key_env)
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._session: aiohttp.ClientSession | None = None
+        self._proxies: dict[str, str | None] = {}
 
     @property
     def has_key(self) -> bool:
@@ -92,9 +95,11 @@ class Wire:
         """Return status, Retry-After and body."""
         if self._session is None:
             self._session = self._open()
+        if url not in self._proxies:
+            self._proxies[url] = proxy_of(url)
         try:
             async with self._session.request(
-                method, url, data=data, proxy=proxy_of(url), allow_redirects=False
+                method, url, data=data, proxy=self._proxies[url], allow_redirects=False
             ) as response:
                 return (
                     response.status,
@@ -125,7 +130,7 @@ class Wire:
             words = words.replace(self._key, f"${self.key_env}")
         if status == 200:
             raise Outage(f"{url} answered 200 without a JSON object: {words}")
-        if status in (408, 429) or status >= 500:
+        if error.get("code") != NO_CREDIT and (status in (408, 429) or status >= 500):
             # Retry-After may also be a date; then our own pause has to do.
             asked_s = float(retry_after) if retry_after.isdecimal() else 0.0
             raise Outage(f"{url} answered {status}: {words}", min(asked_s, LONGEST_PAUSE_S))
@@ -157,8 +162,8 @@ def set_up_error(refusal: Refusal, model: str, key_env: str) -> EngineError | No
     text = str(refusal).rpartition(f": {refusal.words}")[0]
     if refusal.status == 401:
         return EngineError(f"{text}; check the key in ${key_env}")
-    if refusal.status in (402, 403):
-        return EngineError(f"{refusal}; check what the key in ${key_env} may do")
+    if refusal.status in (402, 403, 429):
+        return EngineError(f"{refusal}; check what the key in ${key_env} may do and pay for")
     if refusal.status == 404:
         return EngineError(f"{refusal}; check the URL and the name of the model, {model}")
     if 300 <= refusal.status < 400:
@@ -213,12 +218,11 @@ def proxy_of(url: str) -> str | None:
     """Return the environment's proxy for a URL; this machine is never behind one."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if host in ("localhost", "::1") or host.startswith("127.") or not _PROXIES:
+    if host in ("localhost", "::1") or host.startswith("127."):
         return None
-    return None if urllib.request.proxy_bypass(host) else _PROXIES.get(parts.scheme)
-
-
-_PROXIES = urllib.request.getproxies()
+    return (
+        None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme)
+    )
 
 
 def _allow_many_connections() -> None:
