@@ -10,8 +10,9 @@ import httpx
 import numpy as np
 import pytest
 
-from pipeline.engines.base import Request, Sampling
-from pipeline.engines.vllm import VllmEngine, attach
+from pipeline.engines.base import EngineOptions, Request, Sampling
+from pipeline.engines.rounds import Rounds
+from pipeline.engines.vllm import VllmEngine, open_engine
 
 BENCH = Path(__file__).parents[1] / "bench"
 # A benchmark's own modules lie beside it, as they do when it is run by its file.
@@ -116,9 +117,14 @@ def server():
         yield running
 
 
+def opened(url: str) -> VllmEngine:
+    """Attach to a server, with the probes that this takes."""
+    return open_engine("tiny", None, EngineOptions(Rounds(), urls=(url,)))
+
+
 def complete_all(url: str, requests: list[Request]):
     async def ask():
-        engine = VllmEngine([attach(url, "tiny")])
+        engine = await asyncio.to_thread(opened, url)
         try:
             return await asyncio.gather(*map(engine.complete, requests))
         finally:
@@ -135,7 +141,7 @@ def test_our_engine_attaches_and_completes_through_it(server):
         assert len(one.ids) == len(one.logprobs) == 16
         assert all(32 <= i < 256 for i in one.ids[:-1])
     assert len({tuple(one.ids) for one in said}) == 8
-    assert attach(server.url, "tiny").max_context == 128
+    assert opened(server.url).max_context == 128
 
 
 def test_answers_depend_on_context_seed_and_sampling_alone(server):
