@@ -100,6 +100,9 @@ def test_rollouts_of_the_repo_are_whole(policy, tmp_path):
         (["--model", "./nowhere"], ["./nowhere"]),
         (["--engine", "scripted"], ["--script"]),
         (["--num_turns", "0"], ["--num_turns 0"]),
+        (["--template_kwargs", "[1]"], ["--template_kwargs must be JSON"]),
+        (["--stop_phrase", "bye"], ["--stop_phrase needs a user model"]),
+        (["--retries", "-1"], ["--retries", "be negative"]),
         (["--environment", "fixed_user"], ["guessing_game go together"]),
         (["--environment", "fixed_user", "--dataset", "rows.jsonl"], ["no such file"]),
     ],
@@ -147,3 +150,95 @@ def test_rows_that_are_no_dialogue_are_dropped_and_counted(policy, tmp_path):
     dropped = json.loads((out / "turnwise.json").read_text())["dropped"]
     assert dropped == {"duplicate": 1, "no_messages": 1, "not_an_object": 1}
     assert open_repo(str(out)).num_rows() == 1
+
+
+ASKING = """
+def play(messages, draw):
+    text = messages[-1]["content"]
+    if "user of a chat assistant" in text:
+        asked = text.count("Assistant:")
+        question = "THE END" if asked > 2 else f"and then? {int(draw.integers(1000))}"
+        return f"Justification: x\\nQuestion: {question}###noise"
+    return f"{len(messages)} {messages[0]['role']} {messages[0]['content']} STOP tail"
+"""
+
+
+@pytest.fixture
+def asking(policy, tmp_path, monkeypatch) -> list[str]:
+    """Return the flags of a scripted policy and a scripted user."""
+    (tmp_path / "asking.py").write_text(ASKING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    source = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"q{n}"} for n in range(4)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *("--model", policy, "--user_model", policy, "--engine", "scripted"),
+        *("--script", "asking:play", "--dataset", str(source), "--max_model_len", "4096"),
+        *("--user_max_model_len", "4096", "--plan", "independent", "--group_size", "1"),
+    ]
+
+
+def test_each_party_has_its_own_controls(asking, tmp_path):
+    """The policy's system prompt and stop text, the user's stop text, and its stop phrase."""
+    out = tmp_path / "out"
+    done = generate(
+        *asking, "--system_prompt", "Be brief.", "--stop", "STOP", "--user_stop", "###",
+        "--stop_phrase", "THE END", "--num_turns", "6", "--output_repo", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rollouts = list(read_rollouts(open_repo(str(out))))
+    assert len(rollouts) == 4
+    for rollout in rollouts:
+        assert (rollout.status, rollout.end_reason) == ("ended_early", "stop_phrase")
+        assert rollout.score_turn == len(rollout.turns) - 1 == 2
+        assert rollout.messages[0] == {"role": "system", "content": "Be brief."}
+        said = [m["content"] for m in rollout.messages if m["role"] == "assistant"]
+        assert said == [f"{n} system Be brief. STOP" for n in (2, 4, 6)]
+        asked = [m["content"] for m in rollout.messages if m["role"] == "user"]
+        assert all(text.startswith("and then? ") and "#" not in text for text in asked[1:])
+    manifest = json.loads((out / "turnwise.json").read_text())
+    assert manifest["counts"]["end_stop_phrase"] == 4
+    spent = manifest["extra"]["spent"]
+    assert spent["policy"]["requests"] == 12 and spent["user"]["requests"] == 12
+    assert spent["policy"]["tokens_out"] == sum(
+        len(turn.response_ids) for rollout in rollouts for turn in rollout.turns
+    )
+
+
+def test_a_dry_run_tells_the_work_and_writes_nothing(asking, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    done = generate(*asking, "--num_turns", "3", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert told[0] == ("4 prompts make 4 rollouts: at the most 12 policy turns and 8 replies")
+    assert told[2].startswith("policy: ") and told[3].startswith("user: ")
+    assert told[4].startswith("time: about 0:0")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_template_without_a_system_role_refuses_a_system_prompt(policy, tmp_path):
+    bare = tmp_path / "bare"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    model = tiny_policy(tokenizer)
+    write_folder(model, model.state_dict(), tokenizer, bare, torch.float32)
+    failed = generate(
+        "--model", bare, *GAME, "--num_data", "2", "--system_prompt", "x", "--output_repo",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert failed.returncode == 2
+    assert "takes no system prompt (no system role)" in failed.stderr
+    assert "leave out --system_prompt" in failed.stderr
+
+
+def test_the_line_in_a_log_says_what_was_done(policy, tmp_path):
+    out = tmp_path / "out"
+    done = generate(
+        "--model", policy, *GAME, "--engine", "scripted", "--script", "guessing_game",
+        "--num_data", "50", "--output_repo", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "100 of 100 dialogues · 0 in flight · 0 failed · policy" in done.stderr

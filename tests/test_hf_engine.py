@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,38 @@ def test_sampling_follows_the_distribution():
     probs = (MODEL(torch.tensor([[7, 8, 9]])).logits[0, -1].double() / 0.8).softmax(-1)
     for token, p in enumerate(probs.tolist()):
         assert abs(counts[token] - 4000 * p) <= 5 * math.sqrt(4000 * p * (1 - p)) + 1
+
+
+def test_a_stop_text_ends_a_row_with_its_ids_and_leaves_the_others_alone():
+    """The text may begin and end within ids; those that spell it stay."""
+    tokenizer = tiny_tokenizer()
+    spell = tokenizer.decode
+    free = generate(MODEL, [request([7, 8, n], n, stop=(), max_tokens=20) for n in range(6)], 256)
+    texts = [spell(said.ids) for said in free]
+    stops = [text[9:12] for text in texts[:3]] + ["never said"] * 3
+    asked = [
+        replace(
+            request([7, 8, n], n, stop=(), max_tokens=20),
+            sampling=Sampling(temperature=0.8, max_tokens=20, stop=("no", stop)),
+        )
+        for n, stop in enumerate(stops)
+    ]
+    for n, said in enumerate(generate(MODEL, asked, 256, spell)):
+        assert said.ids == free[n].ids[: len(said.ids)]
+        assert len(said.logprobs) == len(said.ids)
+        if n < 3:
+            assert said.finish_reason == "stop"
+            assert stops[n] in spell(said.ids) and stops[n] not in spell(said.ids[:-1])
+        else:
+            assert (said.finish_reason, said.ids) == ("length", free[n].ids)
+
+
+def test_closing_ends_a_round_under_way():
+    asked = [request([7, 8, 9], 0, stop=(), max_tokens=200)]
+    steps = iter([False, False, True])
+    with pytest.raises(EngineError, match="closed while it generated"):
+        generate(MODEL, asked, 256, closing=lambda: next(steps))
+    assert next(steps, None) is None
 
 
 def test_rounds_give_the_same_whatever_the_batch_bounds():

@@ -46,7 +46,7 @@ def test_the_line_tells_dialogues_rates_and_time_left(monkeypatch):
     )
     progress.skip(200)
     now[0] += 10
-    assert progress.line().endswith("policy 0 tok/s · user 0 tok/s · 0:20 left")
+    assert progress.line().endswith("policy 150 tok/s · user 3 tok/s · 0:20 left")
 
 
 @pytest.mark.parametrize(
