@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dialogues import (
+    END_THINK,
+    TEMPLATE_ERROR,
     THINK,
     THINK_TAGS,
     Messages,
+    after,
     assistant,
     clean,
     last_assistant,
@@ -31,7 +34,6 @@ from pipeline.errors import DataError, RowError
 from pipeline.records import Message
 from pipeline.shield import Shield
 
-TEMPLATE_ERROR = "template_error"
 SPAN_UNPROVEN = "span_unproven"
 OURS = (
     *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message"),
@@ -97,10 +99,10 @@ class Chat:
         the last policy turn and what followed it included. Where the template only appends, keep
         is the whole context.
         """
-        if self.append_only:
+        if self.append_only and not self._broke_off(context, messages):
             return len(context), self._bridge(context, messages, tools)
         seen, page = self._text(context), self._render(clean(messages), tool_schemas(tools))
-        if self._still_appends(seen, page, messages, tools):
+        if page.startswith(seen):
             return len(context), self._bridge(context, messages, tools)
         true, start = self._true_prefix(context, seen, page)
         ids = [*context[:true], *self._encode(messages, tools, lambda page: page[start:])]
@@ -181,10 +183,24 @@ class Chat:
 
     def _bridge(self, context: Sequence[int], messages: Messages, tools: str | None) -> list[int]:
         """Return the template's ids between the last policy turn's content and the next turn."""
-        said = clean(messages)
-        marked, marker = mark(said, last_assistant(said))
-        ids = self._encode(marked, tools, lambda page: _after(page, marker))
+        marked, marker = self._marked(context, messages)
+        ids = self._encode(marked, tools, lambda page: after(page, marker))
         return ids[self._already_said(context, ids) :]
+
+    def _marked(
+        self, context: Sequence[int], messages: Messages
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Mark where the last response ended: in its content, or before its thought was over."""
+        said = clean(messages)
+        return mark(said, last_assistant(said), thought=self._broke_off(context, messages))
+
+    def _broke_off(self, context: Sequence[int], messages: Messages) -> bool:
+        """Test that the last response ended within its thought; its message has no content then."""
+        message = messages[last_assistant(messages)]
+        if message.get("content") or message.get("reasoning_content") is None:
+            return False
+        seen = self._text(context)
+        return seen.rfind(THINK) > seen.rfind(END_THINK)
 
     def _already_said(self, context: Sequence[int], bridge: list[int]) -> int:
         """Count the ids of the bridge up to the stop token that the response ended with.
@@ -206,7 +222,7 @@ class Chat:
     def _stops(self, extra: Iterable[int]) -> tuple[int, ...]:
         """Return the tokenizer's EOS, the generation config's, and the template's end of turn."""
         marked, marker = mark([user("Hi."), assistant("")], 1)
-        tail = _after(self._render(marked, None, generation_prompt=False), marker)
+        tail = after(self._render(marked, None, generation_prompt=False), marker)
         ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         end_of_turn = [id_ for id_ in ids if id_ in self._special_ids][:1]
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
@@ -244,18 +260,6 @@ class Chat:
             return (head + content,)
         before = self._render(probe[:-1], None)
         return before + content, f"{before} {content}"
-
-    def _still_appends(self, seen: str, page: str, messages: Messages, tools: str | None) -> bool:
-        """Test, for a template that may rewrite history, that this dialogue's is left as it was.
-
-        `seen`: the text of the last context and its response; `page`: what the template now writes.
-        """
-        said = clean(messages)
-        before = self._render(said[: last_assistant(said)], tool_schemas(tools))
-        spoken = seen[len(before) :]
-        for stop in sorted(self._text([i]) for i in self.stop_ids):
-            spoken = spoken.removesuffix(stop)
-        return seen.startswith(before) and page.startswith(before + spoken)
 
     def _true_prefix(self, context: Sequence[int], seen: str, page: str) -> tuple[int, int]:
         """Count the ids of a context, and their characters, that the page repeats.
@@ -342,13 +346,6 @@ def _generation_stops(model: str) -> list[int]:
         return []
     stops = json.loads(path.read_text()).get("eos_token_id")
     return stops if isinstance(stops, list) else [] if stops is None else [stops]
-
-
-def _after(page: str, marker: str) -> str:
-    _, found, rest = page.rpartition(marker)
-    if not found:
-        raise RowError(TEMPLATE_ERROR, "it doesn't write what the assistant said")
-    return rest
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import RowError
 from pipeline.records import Message
 from pipeline.shield import strings_of, unused_characters
 
 Messages = Sequence[Message] | Sequence[Mapping[str, Any]]
 
+TEMPLATE_ERROR = "template_error"
 THINK, END_THINK = THINK_TAGS = ("<think>", "</think>")
 """What models write around a thought; DeepSeek-R1, Qwen3 and their kin share the spelling."""
 
@@ -69,13 +71,24 @@ def tool_schemas(tools: str | None) -> list | None:
     return json.loads(tools) if tools else None
 
 
-def mark(messages: list[dict[str, Any]], turn: int) -> tuple[list[dict[str, Any]], str]:
-    """Replace what an assistant message says by one character that occurs nowhere else."""
+def mark(
+    messages: list[dict[str, Any]], turn: int, thought: bool = False
+) -> tuple[list[dict[str, Any]], str]:
+    """Replace what an assistant message says, or thinks, by one character found nowhere else."""
     (marker,) = unused_characters("".join(strings_of(messages)), 1)
-    return [*messages[:turn], assistant(marker), *messages[turn + 1 :]], marker
+    said = assistant("", reasoning_content=marker) if thought else assistant(marker)
+    return [*messages[:turn], said, *messages[turn + 1 :]], marker
 
 
-def last_assistant(messages: list[dict[str, Any]]) -> int:
+def after(page: str, marker: str) -> str:
+    """Return what a page says after a marker. Raises RowError where the marker isn't on it."""
+    _, found, rest = page.rpartition(marker)
+    if not found:
+        raise RowError(TEMPLATE_ERROR, "it doesn't write what the assistant said")
+    return rest
+
+
+def last_assistant(messages: Messages) -> int:
     """Return the place of the last assistant message."""
     return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
 

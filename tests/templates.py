@@ -3,7 +3,10 @@
 The tokenizer is trained here, in a fraction of a second; any text survives encode and decode.
 """
 
+import re
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -182,6 +185,20 @@ FORMATS: dict[str, tuple[str, list[str], str | None, str]] = {
 }
 """Name -> template, special tokens, BOS, EOS."""
 
+PUBLISHED = {
+    "cohere2": "<|END_OF_TURN_TOKEN|>",
+    "deepseek_r1_distill": "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "gemma3": "<end_of_turn>",
+    "glm4moe": "<|user|>",
+    "llama3_1": "<|eot_id|>",
+    "llama3_2": "<|eot_id|>",
+    "phi3": "<|end|>",
+    "qwen2_5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
+}
+"""Templates as their models publish them, which TRL brings along -> EOS."""
+
 _TEXT = [
     "The user asks what the answer is, and the assistant says that it's forty-two.",
     "Is it higher or lower? I guess 16. assistant user system model\n\nHello there.",
@@ -205,11 +222,25 @@ def _backend(special: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
-def make_tokenizer(name: str) -> Any:
-    """Return a fast tokenizer of transformers with one of FORMATS' chat templates."""
+def _published(name: str) -> tuple[str, list[str], str | None, str]:
+    """Read a template that TRL brings along, and the special tokens that it writes."""
+    trl = find_spec("trl")
+    assert trl is not None and trl.submodule_search_locations
+    folder = Path(trl.submodule_search_locations[0])
+    template = (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    written = re.findall(
+        r"<[|\uff5c][^|\uff5c<>]{1,40}[|\uff5c]>|<(?:start|end)_of_turn>", template
+    )
+    bos = "<bos>" if "bos_token" in template else None
+    special = sorted({*written, PUBLISHED[name], *([bos] if bos else [])})
+    return template, special, bos, PUBLISHED[name]
+
+
+def make_tokenizer(name: str, published: bool = False) -> Any:
+    """Return a fast tokenizer of transformers with a chat template of FORMATS or PUBLISHED."""
     from transformers import PreTrainedTokenizerFast
 
-    template, special, bos, eos = FORMATS[name]
+    template, special, bos, eos = _published(name) if published else FORMATS[name]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend(tuple(special)).to_str()),
         bos_token=bos,

@@ -183,6 +183,33 @@ def test_a_template_that_keeps_thoughts_keeps_the_sampled_ids() -> None:
         assert text_of(chat, seen[t]) == page(chat, messages[: 2 * t + 1])
 
 
+@pytest.mark.parametrize("name", ["thoughtful", "qwen3_5_think"])
+def test_the_bridge_ends_a_thought_that_was_cut_where_thoughts_are_kept(name: str) -> None:
+    chat = Chat(make_tokenizer(name, published=name != "thoughtful"), DATE)
+    opened = name == "qwen3_5_think"  # it keeps thoughts until the user speaks again
+    said = "Is it" if opened else "<think>\nIs it"
+    messages = [QUESTIONS[0], chat.message(in_pieces(chat, said), chat.prompt(QUESTIONS[:1]))]
+    answer = Message(role="tool", content="higher") if opened else QUESTIONS[1]
+    context = chat.prompt(QUESTIONS[:1]) + in_pieces(chat, said)
+    keep, prompt = chat.next(context, [*messages, answer])
+    assert keep == len(context)
+    assert text_of(chat, prompt).startswith("\n</think>\n\n<|im_end|>\n<|im_start|>user")
+    assert text_of(chat, context + prompt) == page(chat, [*messages, answer])
+
+
+def test_a_thought_that_was_stopped_gets_its_end_in_place_of_the_stop_token() -> None:
+    chat = chat_of("thoughtful")
+    messages, turns = play(chat, [("<think>\nIs it", True)])
+    context = contexts(turns)[1]
+    assert turns[1][0] == len(turns[0][1]) + len(turns[0][2]) - 1  # all but the stop token
+    assert text_of(chat, context) == page(chat, messages)
+    assert "Is it\n</think>\n\n<|im_end|>" in text_of(chat, context)
+    # Where a thought had its end, or there is an answer to end, all that was sampled stays.
+    for said in ("<think>Is it</think>", "Well. <think>Is it"):
+        _, turns = play(chat, [(said, True)])
+        assert turns[1][0] == len(turns[0][1]) + len(turns[0][2])
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral", "qwen25"])
 def test_a_template_that_knows_nothing_of_thoughts_keeps_all(name: str) -> None:
     chat = chat_of(name)
