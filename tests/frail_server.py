@@ -1,7 +1,7 @@
 """A process in a vLLM server's place that fails when told: `python frail_server.py PORT FOLDER`.
 
-A file in FOLDER makes it fail: `exit` (it exits with code 3 at the next request, and the file goes)
-or `hang` (it answers nothing any more, and the file goes). Each answer's ids name its process.
+A file in FOLDER makes it fail: `exit` holds how many servers exit with code 3 at their next
+request; `hang` lets one answer nothing any more, and goes. Each answer's ids name its process.
 """
 
 import json
@@ -26,8 +26,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if (FOLDER / "exit").exists():
-            (FOLDER / "exit").unlink()
+        left = int((FOLDER / "exit").read_text()) if (FOLDER / "exit").exists() else 0
+        if left:
+            (FOLDER / "exit").write_text(str(left - 1))
             print("RuntimeError: told to exit", flush=True)
             os._exit(3)
         if (FOLDER / "hang").exists():

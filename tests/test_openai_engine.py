@@ -23,7 +23,7 @@ def asked(number: int = 0, **sampling: Any) -> Request:
     return Request([], number, Sampling(**sampling), (), (f"p{number}", 0, 0), OPENING)
 
 
-def said(text: str | None = "Hello.", reason: str = "stop", **more: Any) -> dict[str, Any]:
+def said(text: Any = "Hello.", reason: str = "stop", **more: Any) -> dict[str, Any]:
     """Return what an API answers."""
     message = {"role": "assistant", "content": text, **more}
     usage = {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}
@@ -121,6 +121,7 @@ def test_tool_calls_are_sent_in_the_apis_shape_and_thoughts_are_not() -> None:
         (said(None), "", "stop"),
         (said(""), "", "stop"),
         (said("Hello.", "eos"), "Hello.", "stop"),
+        (said([{"type": "thinking"}, {"type": "text", "text": "Hi"}]), "Hi", "stop"),
     ],
 )
 def test_an_answer_is_text_and_a_reason(answer: Any, text: str, reason: str) -> None:

@@ -121,7 +121,7 @@ def test_a_refused_request_is_not_repeated_and_fails_alone(status: int) -> None:
 )
 def test_a_wrong_set_up_stops_the_stage_and_says_what_to_check(status: int, message: str) -> None:
     with (
-        fake_vllm(failing(99, status)) as fake,
+        fake_vllm(failing(99, status, NO_LUCK, {"Location": "/elsewhere"})) as fake,
         pytest.raises(EngineError, match=message) as caught,
     ):
         complete(fake.url, request([1]), key_env="SOME_KEY")
@@ -187,7 +187,7 @@ def test_a_server_that_asks_for_a_second_gets_it() -> None:
 
 
 def test_requests_that_fail_together_do_not_return_together() -> None:
-    """40 requests fail at once; the second attempts are spread over 25 ms."""
+    """40 requests fail at once; the second attempts are spread over 0.6 s."""
     came: list[float] = []
     gate = threading.Barrier(40)
 
@@ -203,11 +203,11 @@ def test_requests_that_fail_together_do_not_return_together() -> None:
         complete(
             fake.url,
             *(request([1], n * 7919) for n in range(40)),
-            retry=Retry(attempts=2, first_pause_s=0.8),
+            retry=Retry(attempts=2, first_pause_s=2.4),
         )
     again = came[40:]
     assert len(again) == 40
-    assert 0.1 < max(again) - min(again) < 0.6
+    assert 0.4 < max(again) - min(again) < 1.5
 
 
 def test_a_dead_servers_requests_go_to_the_others() -> None:

@@ -86,7 +86,7 @@ def test_a_server_that_exits_is_started_again_and_its_requests_are_answered(
 
     async def story(engine: VllmEngine, started: Started) -> None:
         first = await pid_of(engine)
-        (tmp_path / "exit").touch()
+        (tmp_path / "exit").write_text("1")
         done = await asyncio.gather(*(engine.complete(request([1], n)) for n in range(8)))
         assert {c.ids[0] for c in done} != {first}
         assert await pid_of(engine) != first
@@ -97,6 +97,18 @@ def test_a_server_that_exits_is_started_again_and_its_requests_are_answered(
     assert started.told == [
         f"the vLLM server exited with code 3; start 1 of at most 3 anew; its log: {log}"
     ]
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_no_attempt_is_spent_on_a_server_that_died(attempts: int, tmp_path: Path) -> None:
+    """Three servers die in a row under the same request."""
+
+    async def story(engine: VllmEngine, started: Started) -> None:
+        await pid_of(engine)
+        (tmp_path / "exit").write_text("3")
+        await pid_of(engine)
+
+    assert len(play(tmp_path, story, attempts=attempts).processes) == 4
 
 
 def test_an_idle_servers_exit_is_noticed_by_the_watch(tmp_path: Path) -> None:
@@ -126,7 +138,7 @@ def test_restarts_are_bounded_and_then_the_story_is_told(tmp_path: Path) -> None
     async def story(engine: VllmEngine, started: Started) -> None:
         await pid_of(engine)
         started.broken = True
-        (tmp_path / "exit").touch()
+        (tmp_path / "exit").write_text("1")
         requests = (engine.complete(request([1], n)) for n in range(4))
         errors = await asyncio.gather(*requests, return_exceptions=True)
         assert {type(error) for error in errors} == {EngineError}
@@ -146,7 +158,7 @@ def test_restarts_are_bounded_and_then_the_story_is_told(tmp_path: Path) -> None
 
 def test_without_restarts_the_log_of_the_server_that_died_is_in_the_error(tmp_path: Path) -> None:
     async def story(engine: VllmEngine, started: Started) -> None:
-        (tmp_path / "exit").touch()
+        (tmp_path / "exit").write_text("1")
         with pytest.raises(EngineError, match="exited with code 3") as caught:
             await pid_of(engine)
         assert "It said:\n  RuntimeError: told to exit\n" in str(caught.value)
@@ -161,7 +173,7 @@ def test_closing_calls_a_restart_off(tmp_path: Path) -> None:
 
     async def story(engine: VllmEngine, started: Started) -> None:
         await pid_of(engine)
-        (tmp_path / "exit").touch()
+        (tmp_path / "exit").write_text("1")
         waiting = asyncio.create_task(pid_of(engine))
         while len(started.processes) < 2:
             await asyncio.sleep(0.01)

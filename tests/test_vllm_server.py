@@ -18,6 +18,7 @@ import pytest
 from pipeline.engines import guard
 from pipeline.engines.base import Completion, EngineOptions, Request, Usage
 from pipeline.engines.rounds import Rounds
+from pipeline.engines.supervision import ServerKeeper
 from pipeline.engines.vllm import VllmEngine, open_engine
 from pipeline.engines.vllm_server import VllmServer, server_command
 from pipeline.errors import EngineError, RequestFailed
@@ -170,15 +171,10 @@ class Opened:
 
     def kill(self) -> None:
         """Kill the server, not its guard."""
-        guards = [line for line in self.children() if "guard.py" in line[1]]
-        [[watcher, _]] = guards
-        [pid] = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
+        assert isinstance(self.engine.line.keeper, ServerKeeper)
+        guard_pid = self.engine.line.keeper.running.process._process.pid
+        [pid] = Path(f"/proc/{guard_pid}/task/{guard_pid}/children").read_text().split()
         os.kill(int(pid), signal.SIGKILL)
-
-    def children(self) -> list[tuple[int, str]]:
-        """Return the process ids and commands of this process's children that run."""
-        listed = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        return [(int(p), Path(f"/proc/{p}/cmdline").read_text()) for p in listed if _runs(int(p))]
 
 
 @pytest.fixture(scope="module")
@@ -281,21 +277,37 @@ def test_the_usage_tells_what_a_repeated_prefix_had_cached(opened: Opened) -> No
 
 
 def test_a_stop_text_ends_a_turn_and_its_ids_stay(opened: Opened, model: Path) -> None:
-    """Stop at the text of the ids that were sampled third to fifth: they are all returned."""
+    """Stop at the text of two ids that were sampled one after the other: both are returned."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    free = replace(request([5, 6, 7], 3, temperature=0.8, max_tokens=24), stop_ids=())
-    [whole] = opened.complete([free])
-    texts = [tokenizer.decode(whole.ids[:n]) for n in range(25)]
-    stop = texts[5][len(texts[2]) :]
-    ends = next(n for n in range(25) if stop in texts[n])
-    [done] = opened.complete([replace(free, sampling=replace(free.sampling, stop=(stop,)))])
-    assert 1 < ends < 24
-    assert done.ids == whole.ids[:ends]
-    assert done.logprobs == pytest.approx(whole.logprobs[:ends], abs=1e-5)  # type: ignore[index]
-    assert done.finish_reason == "stop"
-    assert done.usage == Usage(3, ends, 0)
+    free = [replace(r, stop_ids=()) for r in prompts(16, temperature=0.8, max_tokens=24)]
+    whole = opened.complete(free)
+    stops = [_two_plain_ids(tokenizer, done.ids) for done in whole]
+    assert sum(end > 0 for _, end in stops) >= 8
+    asked = [
+        replace(r, sampling=replace(r.sampling, stop=("never said", stop)))
+        for r, (stop, _) in zip(free, stops, strict=True)
+    ]
+    for before, done, (_, end) in zip(whole, opened.complete(asked), stops, strict=True):
+        if end:
+            assert done.ids == before.ids[:end]
+            assert len(done.logprobs or []) == end
+            assert done.finish_reason == "stop"
+            assert done.usage is not None
+            assert done.usage.completion_tokens == end
+
+
+def _two_plain_ids(tokenizer: Any, ids: list[int]) -> tuple[str, int]:
+    """Return the text of the first two neighbours that are plain ASCII, and where they end; ids of
+    this random model are mostly bytes that are no letters.
+    """
+    for end in range(4, 23):
+        text = tokenizer.decode(ids[end - 2 : end])
+        is_new = text not in tokenizer.decode(ids[: end - 1])
+        if text.isascii() and text.isprintable() and len(text) > 1 and is_new:
+            return text, end
+    return "never", 0
 
 
 def test_a_server_that_dies_at_work_is_started_again_and_draws_the_same_ids(

@@ -131,10 +131,17 @@ def parse(answer: dict[str, Any]) -> Completion:
         ids=[],
         logprobs=None,
         finish_reason=reason if reason in ("length", "content_filter") else "stop",
-        text=message.get("content") or message.get("refusal") or "",
+        text=_text(message.get("content")) or message.get("refusal") or "",
         reasoning=message.get("reasoning_content") or message.get("reasoning"),
         usage=usage_of(answer),
     )
+
+
+def _text(content: Any) -> str:
+    """Return the words of a content: a text, or parts of which some (thoughts, say) are no text."""
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content if part.get("type") == "text")
+    return content or ""
 
 
 def _explained(refusal: Refusal) -> Exception:

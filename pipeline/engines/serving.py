@@ -64,6 +64,10 @@ class Keeper(Protocol):
         """Return the server, after its restart if need be. EngineError when there is no more."""
         ...
 
+    async def is_gone(self, served: Served) -> bool:
+        """Whether a server that failed is no more: exited, or replaced by another one."""
+        ...
+
     def story(self, outage: str) -> str:
         """Return what its log says about an outage."""
         ...
@@ -119,7 +123,12 @@ class Line:
                 return answer
             finally:
                 self._router.finished(n)
-            await self._pause(request, n, failed, outage)
+            if failed < self._retry.attempts:
+                await self._pause(request, n, failed, outage)
+            elif self.keeper is None or not await self.keeper.is_gone(served):
+                text = f"{request.key}: failed {failed} times; the last time {outage}"
+                text = self.keeper.story(text) if self.keeper else text
+                raise RequestFailed("server_lost", text)
 
     async def close(self) -> None:
         """Drop the connections, and end the server if it is ours."""
@@ -129,9 +138,6 @@ class Line:
 
     async def _pause(self, request: Request, n: int, failed: int, outage: Outage) -> None:
         """Wait before the next attempt: for a moment where another server can take it."""
-        if failed >= self._retry.attempts:
-            text = f"{request.key}: failed {failed} times; the last time {outage}"
-            raise RequestFailed("server_lost", self.keeper.story(text) if self.keeper else text)
         # From the request's own seed: there is no other source of randomness.
         draw = random.Random(request.seed + failed).random()
         if self._router.has_another(n, time.monotonic()):

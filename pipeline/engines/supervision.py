@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from pipeline.engines.serving import Served
 from pipeline.engines.vllm_server import VllmServer
-from pipeline.engines.wire import Outage, Wire
+from pipeline.engines.wire import POLL_S, Outage, Wire
 from pipeline.errors import EngineError
+
+# How long a server that fails may take to exit: vLLM's worker dies first, its front end later.
+EXIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,17 @@ class ServerKeeper:
         if self._end:
             raise EngineError(self._end)
         return self.running.served
+
+    async def is_gone(self, served: Served) -> bool:
+        """Whether a server that failed is no more. Waits a little: connections close before a
+        process has exited.
+        """
+        for _ in range(round(EXIT_S / POLL_S)):
+            exited = self.running.process.exit_code is not None
+            if exited or self._restarting is not None or self.running.served is not served:
+                return True
+            await asyncio.sleep(POLL_S)
+        return False
 
     def story(self, outage: str) -> str:
         """Return an outage with what the server's log says."""
