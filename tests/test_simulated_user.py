@@ -9,7 +9,6 @@ from pipeline.chat import Chat
 from pipeline.engines.base import Completion, Request, Sampling
 from pipeline.environments.base import Dialogue, End
 from pipeline.environments.simulated_user import SimulatedUser, User, instructions, question_of
-from pipeline.errors import DataError
 from pipeline.records import Message, Turn
 from templates import FORMATS, make_tokenizer
 
@@ -146,12 +145,6 @@ def test_the_policys_system_prompt_is_not_shown_and_the_users_own_comes_first() 
     assert "User: hi {x}\n" in request.messages[1]["content"]
 
 
-def test_a_system_prompt_that_the_template_refuses_is_known_at_the_start() -> None:
-    with pytest.raises(DataError, match="System role not supported"):
-        in_ids("gemma", system_prompt="Be brief.")
-    assert ask(in_ids("gemma", "Question: x"), dialogue_of("hi", "hello")) == "x"
-
-
 def test_a_message_that_the_template_refuses_ends_its_dialogue_alone() -> None:
     tokenizer = make_tokenizer("chatml")
     refusal = "{%- if 'bad word' in messages[-1].content %}{{ raise_exception('no') }}{%- endif %}"
@@ -160,6 +153,8 @@ def test_a_message_that_the_template_refuses_ends_its_dialogue_alone() -> None:
     user = SimulatedUser(User(engine, Chat(tokenizer, DATE), Sampling(0.8, 64)))
     assert ask(user, dialogue_of("hi", "a bad word")) == End("user_template_error")
     assert ask(user, dialogue_of("hi", "a good one")) == "x"
+    user = in_ids("gemma", "Question: x", system_prompt="Be brief.")
+    assert ask(user, dialogue_of("hi", "hello")) == End("user_template_error")
 
 
 HOSTILE = [

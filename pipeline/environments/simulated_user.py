@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.dialogues import spoken
 from pipeline.engines.base import Completion, Engine, Request, Sampling
 from pipeline.environments.base import Dialogue, End, Environment
-from pipeline.errors import DataError, RowError
-from pipeline.records import Message
+from pipeline.errors import RowError
+from pipeline.records import USER_RETRIES, Message
 from pipeline.seeds import seed_for
 
 MAX_TRIES = 3
@@ -69,27 +69,13 @@ def _indented(text: str) -> str:
     return "\n    ".join(text.splitlines())
 
 
-def _check_opening(chat: Any, told: Sequence[Message]) -> None:
-    try:
-        if chat is not None:
-            chat.prompt([*told, Message(role="user", content="Hi.")])
-    except RowError as error:
-        raise DataError(
-            f"the user model's chat template takes no system prompt ({error.detail}): leave the "
-            "user's system prompt out, or take another user model"
-        ) from None
-
-
 class SimulatedUser:
     """Asks the user model for the next user turn."""
 
     def __init__(self, user: User) -> None:
-        """Raise DataError where the user model's template has no place for its system prompt."""
         self.user = user
-        self._told: tuple[Message, ...] = ()
-        if user.system_prompt:
-            self._told = (Message(role="system", content=user.system_prompt),)
-            _check_opening(user.chat, self._told)
+        told = user.system_prompt
+        self._told = (Message(role="system", content=told),) if told else ()
 
     async def reply(self, dialogue: Dialogue) -> list[Message] | End:
         """Return one user message, or the end: `stop_phrase`, `no_question`, `user_context_full`.
@@ -106,8 +92,8 @@ class SimulatedUser:
             if question and completion.finish_reason == "stop":
                 return self._said(question)
             # By turn, so that a fork can tell its trunk's retries from its sibling's.
-            retries = dialogue.info.get("user_retries", {})
-            dialogue.info["user_retries"] = retries | {str(len(dialogue.turns)): attempt + 1}
+            retries = dialogue.info.get(USER_RETRIES, {})
+            dialogue.info[USER_RETRIES] = retries | {str(len(dialogue.turns)): attempt + 1}
         return End("no_question")
 
     def _ids(self, messages: Sequence[Message]) -> list[int] | End:
