@@ -108,7 +108,10 @@ def test_the_prefix_cache_counts_whole_blocks_and_forgets_the_oldest():
     other = ids + 1000
     assert cache.read(other) == 0  # three blocks more: of the first context one is left
     assert cache.read(np.append(ids, 1)) == BLOCK
-    assert cache.read(np.append(ids[1:], [0, 0])) == 0  # same ids, another place
+    cache = PrefixCache(4)
+    cache.read(np.repeat([1, 2], BLOCK))
+    assert cache.read(np.repeat([2, 1], BLOCK)) == 0  # blocks that are known, in another order
+    assert cache.read(np.repeat([3, 2, 0], [BLOCK, BLOCK, 1])) == 0
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +176,13 @@ def test_it_says_what_it_counted(server):
     assert after["response_ids"] - before["response_ids"] == 2 * len(answers[0].ids)
     assert 0 < after["first_s"] < after["last_s"]
     assert (after["slots"], after["busy"], after["waiting"]) == (4, 0, 0)
+
+
+def test_what_was_said_is_cached_for_the_next_turn(server):
+    context = [13] * BLOCK
+    said = complete_all(server.url, [request(context, 78)])[0].ids
+    (later,) = complete_all(server.url, [request([*context, *said, 1], 79)])
+    assert (len(said), later.usage.cached_tokens) == (BLOCK, 2 * BLOCK)
 
 
 def test_usage_tells_cached_ids(server):
