@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.admission import play_all
 from pipeline.chat import Chat
-from pipeline.engines.base import Completion, Request
+from pipeline.engines.base import Completion, Request, RequestFailed
 from pipeline.environments.base import Dialogue, End
 from pipeline.examples import sequence_of
 from pipeline.packing import Strand, strand_rows
@@ -87,6 +87,15 @@ class Arbitrary:
         """Hold nothing."""
 
 
+class Fails(Arbitrary):
+    """Loses one request in six, for good."""
+
+    async def complete(self, request: Request) -> Completion:
+        if request.seed % 6 == 0:
+            raise RequestFailed("server_lost", "gone")
+        return await super().complete(request)
+
+
 class Hostile:
     """Types the template's special tokens and what could pass for one of our own markers."""
 
@@ -116,34 +125,40 @@ def opening(name: str, special: Sequence[str]) -> list[Message]:
     return [*system, *example, Message(role="user", content=f"Hi {''.join(special)} there.")]
 
 
-@cache
-def played(name: str) -> tuple[Chat, Arbitrary, list[Rollout]]:
-    """Play prompts that fork at each turn, and one that doesn't; return the rows as recorded."""
-    published = name.startswith("published ")
-    tokenizer = make_tokenizer(name.removeprefix("published "), published)
-    added = tokenizer.added_tokens_decoder.values()
+PLANS = {f"h{h}": Plan(3, h, TURNS - 1) for h in range(TURNS)} | {"no": Plan(2, None, TURNS - 1)}
+"""Prompts that fork at each turn, and one that doesn't."""
+
+
+def play(
+    name: str, chat: Chat, engine: Arbitrary, earlier: Sequence[Rollout] = ()
+) -> list[Rollout]:
+    """Play what is missing of all prompts; return the rows as recorded, in key order."""
+    added = chat.tokenizer.added_tokens_decoder.values()
     special = sorted(token.content for token in added if token.special)
     tools = json.dumps([{"type": "function", "function": {"name": special[0]}}])
-    chat, engine = Chat(tokenizer, DATE), Arbitrary(name, tokenizer)
-    plans = {f"h{h}": Plan(3, h, TURNS - 1) for h in range(TURNS)} | {"no": Plan(2, None, 3)}
     jobs = []
-    for prompt_id, plan in plans.items():
+    for prompt_id, plan in PLANS.items():
         with_tools = tools if name in CALLS_TOOLS else None
-        jobs.append(Job(Prompt(prompt_id, opening(name, special), {}, with_tools), plan))
-    done: list[Rollout] = []
-    seat = table(
-        engine,
-        tokenizer,
-        done,
-        chat=chat,
-        context=TemplateContext(chat),
-        environment=Hostile(special, name in CALLS_TOOLS),
-    )
+        prompt = Prompt(prompt_id, opening(name, special), {}, with_tools)
+        done = [rollout for rollout in earlier if rollout.prompt_id == prompt_id]
+        jobs.append(Job(prompt, plan, done))
+    rollouts: list[Rollout] = []
+    context, user = TemplateContext(chat), Hostile(special, name in CALLS_TOOLS)
+    changes = {"chat": chat, "context": context, "environment": user}
+    seat = table(engine, chat.tokenizer, rollouts, **changes)
     asyncio.run(play_all(jobs, seat, 4))
-    rows = [rollout_from_row(json.loads(json.dumps(rollout_row(rollout)))) for rollout in done]
-    assert sorted(r.key for r in rows) == sorted(
-        (i, s) for i in plans for s in range(plans[i].samples)
-    )
+    rows = [rollout_from_row(json.loads(json.dumps(rollout_row(r)))) for r in rollouts]
+    return sorted(rows, key=lambda row: row.key)
+
+
+@cache
+def played(name: str) -> tuple[Chat, Arbitrary, list[Rollout]]:
+    """Play all prompts to their ends with a template; return also who said what."""
+    published = name.startswith("published ")
+    tokenizer = make_tokenizer(name.removeprefix("published "), published)
+    chat, engine = Chat(tokenizer, DATE), Arbitrary(name, tokenizer)
+    rows = play(name, chat, engine)
+    assert [r.key for r in rows] == [(i, s) for i in PLANS for s in range(PLANS[i].samples)]
     assert all(r.status == "complete" for r in rows)
     return chat, engine, rows
 
@@ -336,6 +351,21 @@ def test_what_trains_is_what_was_sampled_where_it_was_sampled(name: str) -> None
             for i in range(len(said))
         ]
         assert trained == sampled
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_after_lost_requests_another_run_samples_the_rest_and_nothing_twice(name: str) -> None:
+    chat, whole, rollouts = played(name)
+    first, second = Fails(name, chat.tokenizer), Arbitrary(name, chat.tokenizer)
+    torn = play(name, chat, first)
+    failed = [rollout for rollout in torn if rollout.status == "failed"]
+    assert {rollout.end_reason for rollout in failed} == {"server_lost"}
+    assert len({len(rollout.turns) for rollout in failed}) > 1, "some had begun"
+    rest = play(name, chat, second, torn)
+    finished = [rollout for rollout in torn if rollout.status == "complete"]
+    assert sorted([*finished, *rest], key=lambda row: row.key) == rollouts
+    assert not set(first.got) & set(second.got)
+    assert first.got | second.got == whole.got
 
 
 @pytest.mark.parametrize("name", ["llama31", "published llama3_2"])
