@@ -1,14 +1,16 @@
 """Chat APIs of OpenAI's kind: what is sent, what comes back, and what is said when it doesn't."""
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pipeline.engines.base import Completion, EngineOptions, Request, Sampling, Usage
-from pipeline.engines.openai import OpenAIEngine, base_url, open_engine
+from pipeline.engines.openai import OpenAIEngine, base_url, open_engine, require_key
 from pipeline.engines.rounds import Rounds
+from pipeline.engines.wire import Wire
 from pipeline.errors import DataError, EngineError, RequestFailed
 from pipeline.records import Message
 from vllm_fixtures import Answer, FakeVllm, fake_vllm
@@ -175,10 +177,11 @@ def test_a_refusal_that_only_mentions_the_other_name_fails_its_request_alone() -
     ],
 )
 def test_settings_that_a_server_refuses_stop_the_stage(error: Any, named: str) -> None:
-    request = asked(temperature=0.3, top_k=5, min_p=0.1)
+    request, bodies = asked(temperature=0.3, top_k=5, min_p=0.1), list[Any]()
     with pytest.raises(EngineError, match=f"doesn't take this {named} for any") as caught:
-        ask(lambda body: (400, {"error": error}, {}), request)
+        ask(lambda body: (400, {"error": error}, {}), request, bodies=bodies)
     assert not isinstance(caught.value, RequestFailed)
+    assert len(bodies) == 1
 
 
 @pytest.mark.parametrize("answer", [{"error": {"message": "provider is gone"}}, {"choices": []}])
@@ -202,6 +205,24 @@ def test_a_missing_key_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
     options = EngineOptions(Rounds(), urls=("https://api.example.com",), api_key_env="MY_KEY")
     with pytest.raises(DataError, match=r"\$MY_KEY"):
         open_engine("gpt-x", None, options)
+
+
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [
+        ("https://api.example.com/v1", "made-up"),
+        ("http://localhost:8000/v1", ""),
+        ("http://10.0.0.7:8000/v1", ""),
+        ("http://gpu17:8000/v1", ""),
+    ],
+)
+def test_a_key_is_needed_outside_only(url: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    require_key(Wire("MY_KEY", 1.0), url)
+    monkeypatch.delenv("MY_KEY")
+    is_outside = "example" in url
+    with pytest.raises(DataError) if is_outside else nullcontext():
+        require_key(Wire("MY_KEY", 1.0), url)
 
 
 def test_a_wrong_key_shows_at_the_opening_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

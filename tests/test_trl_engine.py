@@ -104,6 +104,7 @@ def test_ids_go_in_and_ids_and_logprobs_come_out_of_an_older_server() -> None:
         ([7, 8, 6], (), "length"),
         ([7, 8, STOP], (), "stop"),
         ([7, 8], ("8",), "stop"),
+        ([7, 8], ("half a letter",), "stop"),
         ([7, 8, 6], ("8 6",), "stop"),
         ([7, 8, 6], ("5",), "length"),
     ],

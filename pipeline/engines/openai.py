@@ -164,14 +164,19 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> OpenAIEng
     wire = Wire(key_env, options.timeout_s)
     bases = [base_url(url) for url in options.urls or (OPENAI,)]
     for base in bases:
-        if not wire.has_key and not is_local(base):
-            raise DataError(
-                f"the key for {base} is missing: put it into the environment variable ${key_env}, "
-                "or anything if that server wants none"
-            )
+        require_key(wire, base)
     opening(lambda: _check(bases, model, options), options.cancelled)
     served = [Served(base, model, options.max_model_len or UNKNOWN_CONTEXT) for base in bases]
     return OpenAIEngine(Line(served, wire, retry_of(options)))
+
+
+def require_key(wire: Wire, base: str) -> None:
+    """Raise DataError where a server elsewhere would be asked without a key."""
+    if not wire.has_key and not is_local(base):
+        raise DataError(
+            f"the key for {base} is missing: put it into the environment variable ${wire.key_env}, "
+            "or anything if that server wants none"
+        )
 
 
 def base_url(url: str) -> str:

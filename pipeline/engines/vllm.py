@@ -6,6 +6,7 @@ The sampled stop token is among the returned ids, and so are the ids that spell 
 with vLLM 0.32.0); only the text loses them.
 """
 
+import asyncio
 import math
 import threading
 from collections.abc import Sequence
@@ -191,7 +192,7 @@ def attach_all(urls: Sequence[str], model: str, options: EngineOptions) -> list[
 
     async def check() -> list[Served]:
         async with Wire(options.api_key_env or KEY_ENV, options.timeout_s) as wire:
-            return [await attach(wire, url, model) for url in urls]
+            return await asyncio.gather(*(attach(wire, url, model) for url in urls))
 
     return opening(check, options.cancelled)
 
