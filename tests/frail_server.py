@@ -1,7 +1,8 @@
 """A process in a vLLM server's place that fails when told: `python frail_server.py PORT FOLDER`.
 
 A file in FOLDER makes it fail: `exit` holds how many servers exit with code 3 at their next
-request; `hang` lets one answer nothing any more, and goes. Each answer's ids name its process.
+request, `fail` how many requests are answered 500 then; `hang` lets a server answer nothing any
+more, and goes. Each answer's ids name its process.
 """
 
 import json
@@ -16,6 +17,15 @@ FOLDER = Path(sys.argv[2]) if len(sys.argv) > 2 else Path()
 hangs: list[bool] = []
 
 
+def take_one(name: str) -> bool:
+    """Whether the file `name` held a number above zero, which is now one less."""
+    file = FOLDER / name
+    left = int(file.read_text()) if file.exists() else 0
+    if left:
+        file.write_text(str(left - 1))
+    return left > 0
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -26,11 +36,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        left = int((FOLDER / "exit").read_text()) if (FOLDER / "exit").exists() else 0
-        if left:
-            (FOLDER / "exit").write_text(str(left - 1))
+        if take_one("exit"):
             print("RuntimeError: told to exit", flush=True)
             os._exit(3)
+        if take_one("fail"):
+            self._send({}, 500)
+            return
         if (FOLDER / "hang").exists():
             (FOLDER / "hang").unlink()
             hangs.append(True)
@@ -44,9 +55,9 @@ class Handler(BaseHTTPRequestHandler):
         }
         self._send({"choices": [choice]})
 
-    def _send(self, body: Any) -> None:
+    def _send(self, body: Any, status: int = 200) -> None:
         data = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -111,6 +111,19 @@ def test_no_attempt_is_spent_on_a_server_that_died(attempts: int, tmp_path: Path
     assert len(play(tmp_path, story, attempts=attempts).processes) == 4
 
 
+def test_a_new_server_has_all_attempts_before_it(tmp_path: Path) -> None:
+    """The first server dies, and the second fails once: of two attempts, one is left."""
+
+    async def story(engine: VllmEngine, started: Started) -> None:
+        await pid_of(engine)
+        (tmp_path / "exit").write_text("1")
+        (tmp_path / "fail").write_text("1")
+        await pid_of(engine)
+
+    assert len(play(tmp_path, story).processes) == 2
+    assert (tmp_path / "fail").read_text() == "0"
+
+
 def test_an_idle_servers_exit_is_noticed_by_the_watch(tmp_path: Path) -> None:
     async def story(engine: VllmEngine, started: Started) -> None:
         await pid_of(engine)
