@@ -1,7 +1,8 @@
 """The only module that touches a chat template: render, bridge between turns, find spans.
 
 Engines get ids, never text. Sampled ids are never decoded and encoded again: what follows a
-policy turn is the template's own text between that turn and the next, appended to the ids.
+policy turn is the template's own text between that turn and the next, appended to the ids. Only
+what a template writes anew is encoded anew.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 from pipeline.dialogues import (
     END_THINK,
+    PROBE_TOOLS,
     TEMPLATE_ERROR,
     THINK,
     THINK_TAGS,
@@ -82,7 +84,10 @@ class Chat:
         try:
             self.stop_ids = self._stops(extra_stop_ids)
             self.reads_thoughts = self._reads_thoughts()
-            self.append_only = all(self._only_appends(probe) for probe in probes())
+            self.append_only = all(self._only_appends(probe, None) for probe in probes())
+            # Some write the tools where the user spoke last, and so move them.
+            with_tools = (self._only_appends(probe, PROBE_TOOLS) for probe in probes())
+            self._tools_append = self.append_only and all(with_tools)
         except RowError as error:
             raise DataError(f"the chat template of {name} can't be used: {error.detail}") from None
 
@@ -99,7 +104,8 @@ class Chat:
         the last policy turn and what followed it included. Where the template only appends, keep
         is the whole context.
         """
-        if self.append_only and not self._broke_off(context, messages):
+        appends = self._tools_append if tools else self.append_only
+        if appends and not self._broke_off(context, messages):
             return len(context), self._bridge(context, messages, tools)
         seen, page = self._text(context), self._render(clean(messages), tool_schemas(tools))
         if page.startswith(seen):
@@ -238,27 +244,27 @@ class Chat:
 
     def _opened(self, prompt_ids: Sequence[int]) -> str:
         """Return the open `<think>` that a generation prompt ends with, or ""."""
-        # A tag has at most eight bytes, so at most eight ids; blanks follow it.
+        # The tag is seven bytes, so seven ids at the most; blanks follow it.
         _, tag, rest = self._text(prompt_ids[-16:]).rpartition(THINK)
         return "" if rest.strip() else tag + rest
 
-    def _only_appends(self, probe: list[dict[str, Any]]) -> bool:
+    def _only_appends(self, probe: list[dict[str, Any]], tools: list | None) -> bool:
         """Test that what a policy saw and said at each turn opens the page of the dialogue."""
         try:
-            page = self._render(probe, None)
+            page = self._render(probe, tools)
         except RowError:
             # What the template refuses (a system role) it can't rewrite either.
             return True
         spoken = [i for i, message in enumerate(probe) if message["role"] == "assistant"]
-        return all(page.startswith(self._pages_then(probe[: i + 1])) for i in spoken)
+        return all(page.startswith(self._pages_then(probe[: i + 1], tools)) for i in spoken)
 
-    def _pages_then(self, probe: list[dict[str, Any]]) -> tuple[str, ...]:
+    def _pages_then(self, probe: list[dict[str, Any]], tools: list | None) -> tuple[str, ...]:
         """Return what the page may have been when the probe's last turn had just been said."""
         content = probe[-1]["content"]
         if "reasoning_content" in probe[-1]:
-            head, _, _ = self._render(probe, None, generation_prompt=False).rpartition(content)
+            head, _, _ = self._render(probe, tools, generation_prompt=False).rpartition(content)
             return (head + content,)
-        before = self._render(probe[:-1], None)
+        before = self._render(probe[:-1], tools)
         return before + content, f"{before} {content}"
 
     def _true_prefix(self, context: Sequence[int], seen: str, page: str) -> tuple[int, int]:

@@ -103,6 +103,18 @@ def assistant(content: str, **more: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
+PROBE_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Look up a word.",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+        },
+    }
+]
+
+
 def probes() -> list[list[dict[str, Any]]]:
     """Dialogues that show whether a template rewrites history: short, long, with thoughts."""
     thought = "<think>\nThe user greets.\n</think>\n\nHello."

@@ -153,6 +153,20 @@ MISTRAL = """{{- bos_token }}
 
 MISTRAL_APPENDS = MISTRAL.replace("loop.last", "loop.first")
 
+# Mistral's with tools: they stand before what the user said last, and move on with it.
+MISTRAL_TOOLS = """{{- bos_token }}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for message in messages %}
+{%- if message['role'] == 'user' %}
+{%- if tools and message == users[-1] %}
+{{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{{- '[INST] ' + message['content'] + '[/INST]' }}
+{%- elif message['role'] == 'tool' %}
+{{- '[TOOL_RESULTS] ' + message['content'] + '[/TOOL_RESULTS]' }}
+{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content'] + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+
 COUNTING = """{{- 'There are ' ~ messages | length ~ ' messages.\\n' }}
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
@@ -166,6 +180,8 @@ PLAIN = """{%- for message in messages %}
 
 _LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_MISTRAL = ["<s>", "</s>", "[INST]", "[/INST]"]
+_MISTRAL_TOOLS = ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
 _R1 = ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"]
 
 FORMATS: dict[str, tuple[str, list[str], str | None, str]] = {
@@ -178,8 +194,9 @@ FORMATS: dict[str, tuple[str, list[str], str | None, str]] = {
     "r1": (R1, _R1, "<|begin|>", "<|end|>"),
     "thoughtful": (THOUGHTFUL, _CHATML, None, "<|im_end|>"),
     "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
-    "mistral": (MISTRAL_APPENDS, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
-    "mistral_moving_system": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
+    "mistral": (MISTRAL_APPENDS, _MISTRAL, "<s>", "</s>"),
+    "mistral_moving_system": (MISTRAL, _MISTRAL, "<s>", "</s>"),
+    "mistral_tools": (MISTRAL_TOOLS, [*_MISTRAL, *_MISTRAL_TOOLS], "<s>", "</s>"),
     "counting": (COUNTING, _CHATML, None, "<|im_end|>"),
     "plain": (PLAIN, ["<eos>"], None, "<eos>"),
 }

@@ -21,8 +21,7 @@ from pipeline.environments.base import Dialogue, End
 from pipeline.examples import sequence_of
 from pipeline.packing import Strand, strand_rows
 from pipeline.plans import Plan
-from pipeline.prompts import Prompt
-from pipeline.records import Message, Rollout, ToolCall
+from pipeline.records import Message, Prompt, Rollout, ToolCall
 from pipeline.rollout import Job, TemplateContext
 from pipeline.rows import rollout_from_row, rollout_row
 from templates import FORMATS, PUBLISHED, make_tokenizer
@@ -40,7 +39,11 @@ SHOWS_THOUGHTS = (
     *("published qwen3", "published qwen3_5_think"),
 )
 """Templates that show thoughts again: all of them, emptied, or those since the user spoke last."""
-CALLS_TOOLS = ("chatml", "qwen25", *(f"published qwen{n}" for n in ("2_5", "3", "3_5_think")))
+MOVES_TOOLS = ("mistral_tools",)
+CALLS_TOOLS = (
+    *("chatml", "qwen25", *MOVES_TOOLS),
+    *("published qwen2_5", "published qwen3", "published qwen3_5_think"),
+)
 MARKER = 0xF000
 """Private-use characters from here on stand for what the assistant said, one for each turn."""
 
@@ -248,7 +251,7 @@ def test_turns_are_stopped_and_cut_and_a_cut_one_is_not_ended_by_us(name: str) -
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_kept_is_all_or_the_longest_true_prefix(name: str) -> None:
     chat, _, rollouts = played(name)
-    shorter = 0
+    appends, shorter = chat.append_only and name not in MOVES_TOOLS, 0
     for rollout in rollouts:
         seen = contexts(rollout)
         for t in range(1, TURNS):
@@ -256,12 +259,12 @@ def test_what_is_kept_is_all_or_the_longest_true_prefix(name: str) -> None:
             keep = rollout.turns[t].keep
             assert keep == len(before) or before[keep] != seen[t][keep]
             shorter += keep < len(before)
-            if chat.append_only and keep < len(before):
+            if appends and keep < len(before):
                 # The one thing that such a template writes otherwise: a thought without its end.
                 message = rollout.messages[before_turn(rollout, t - 1)]
                 assert message["reasoning_content"] and not message["content"]
                 assert before[-1] in chat.stop_ids
-    assert (shorter == 0) == (chat.append_only and name != "thoughtful")
+    assert (shorter == 0) == (appends and name != "thoughtful")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -290,7 +293,7 @@ def test_a_context_reads_as_the_templates_own_page(name: str) -> None:
             messages = rollout.messages[: before_turn(rollout, t)]
             expected = (
                 appended(name, chat, rollout, t)
-                if chat.append_only and name not in THINKS
+                if chat.append_only and name not in (*THINKS, *MOVES_TOOLS)
                 else page(chat, messages, rollout.tools)
             )
             assert text_of(chat, context) == expected
@@ -303,10 +306,10 @@ def test_special_ids_are_the_templates_alone_and_one_is_the_bos(name: str) -> No
     special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     for rollout in rollouts:
         for t, context in enumerate(contexts(rollout)):
-            # With nothing in the messages, all special tokens of the page are the template's.
+            # With harmless messages, all special tokens of the page are the template's.
             empty = [
-                Message(role=m["role"], content="x", tool_calls=m.get("tool_calls"))
-                for m in rollout.messages[: before_turn(rollout, t)]
+                Message(role=m["role"], content=f"x{i}", tool_calls=m.get("tool_calls"))
+                for i, m in enumerate(rollout.messages[: before_turn(rollout, t)])
             ]
             tools = rollout.tools.replace(min(special.values()), "x") if rollout.tools else None
             written = page(chat, empty, tools)

@@ -25,8 +25,7 @@ from pipeline.microbatches import collate
 from pipeline.models import tiny_llama
 from pipeline.packing import Example, Layout, Strand
 from pipeline.plans import Plan
-from pipeline.prompts import Prompt
-from pipeline.records import Message, Rollout
+from pipeline.records import Message, Prompt, Rollout
 from pipeline.rollout import Job, TemplateContext
 from pipeline.rows import rollout_from_row, rollout_row
 from templates import make_tokenizer
