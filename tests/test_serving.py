@@ -71,14 +71,29 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again() -> None:
     assert (done.ids, len(fake.bodies)) == ([7, STOP], 2)
 
 
+def test_a_server_that_never_answers_in_time_fails_the_request() -> None:
+    release = threading.Event()
+
+    def answer(body: dict[str, Any]) -> Answer:
+        release.wait(30)
+        return processed(body)
+
+    with fake_vllm(answer) as fake:
+        with pytest.raises(RequestFailed, match=r"TimeoutError: nothing within 0\.2 s$") as caught:
+            complete(fake.url, request([1]), timeout_s=0.2)
+        release.set()
+    assert caught.value.reason == "server_lost"
+    assert len(fake.bodies) == 3
+
+
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
         ((429,), "answered 429: no luck"),
         ((500, b"<html>Bad gateway</html>"), "answered 500: <html>Bad gateway</html>"),
         ((200, b"<html>"), "answered 200 without a JSON object: <html>"),
-        ((0,), "is lost: ServerDisconnectedError"),
-        (CUT, "is lost: ClientPayloadError"),
+        ((0,), "is lost: ServerDisconnectedError: Server disconnected"),
+        (CUT, "is lost: ClientPayloadError: "),
     ],
 )
 def test_retries_are_bounded_and_end_with_the_servers_words(failure: Any, words: str) -> None:
@@ -129,12 +144,12 @@ def test_a_wrong_set_up_stops_the_stage_and_says_what_to_check(status: int, mess
     assert len(fake.bodies) == 1
 
 
+@pytest.mark.parametrize("words", [{"error": {"message": f"bad {KEY}"}}, f"bad {KEY}".encode()])
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500, 200, 0])
 def test_the_key_is_in_no_message_even_where_the_server_repeats_it(
-    status: int, monkeypatch: pytest.MonkeyPatch
+    status: int, words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_KEY", KEY)
-    words = {"error": {"message": f"bad key {KEY}"}} if status != 200 else f"bad {KEY}".encode()
     with fake_vllm(failing(99, status, words)) as fake, pytest.raises(EngineError) as caught:
         complete(fake.url, request([1]), key_env="SOME_KEY")
     assert {headers["Authorization"] for headers in fake.headers} == {f"Bearer {KEY}"}

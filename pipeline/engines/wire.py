@@ -108,7 +108,8 @@ class Wire:
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             # Without the cause: some of aiohttp's errors print the headers of the request.
-            outage = Outage(f"{url} is lost: {type(error).__name__} {error}".rstrip())
+            what = str(error) or f"nothing within {self._timeout.total:g} s"
+            outage = Outage(f"{url} is lost: {type(error).__name__}: {what}")
         raise outage
 
     def _open(self) -> aiohttp.ClientSession:
@@ -121,13 +122,14 @@ class Wire:
         return aiohttp.ClientSession(connector=connector, timeout=self._timeout, headers=headers)
 
     def _object(self, url: str, status: int, retry_after: str, body: bytes) -> dict[str, Any]:
+        if self._key:
+            # Some servers repeat the key that they don't like.
+            body = body.replace(self._key.encode(), f"${self.key_env}".encode())
         answer = _json(body)
         if status == 200 and isinstance(answer, dict):
             return answer
         error = _error(answer)
         words = str(error.get("message") or body[:WORDS].decode(errors="replace"))
-        if self._key:
-            words = words.replace(self._key, f"${self.key_env}")
         if status == 200:
             raise Outage(f"{url} answered 200 without a JSON object: {words}")
         if error.get("code") != NO_CREDIT and (status in (408, 429) or status >= 500):
