@@ -66,8 +66,8 @@ def test_rests_double_up_to_a_bound_and_failures_together_count_once() -> None:
     router = Router(1, rest_s=1.0, longest_rest_s=5.0)
     now, rests = 0.0, []
     for _ in range(5):
-        for _ in range(100):
-            router.failed(0, now)
+        told = [router.failed(0, now) for _ in range(100)]
+        assert told == [now == 0.0] + [False] * 99
         rests.append(router._servers[0].rests_until - now)
         now = router._servers[0].rests_until
     assert rests == [1.0, 2.0, 4.0, 5.0, 5.0]

@@ -1,6 +1,7 @@
 """Servers that fail: what is sent again and how often, where to, and what the errors say."""
 
 import asyncio
+import random
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from vllm_fixtures import (
     STOP,
     Answer,
     complete,
+    completion,
     failing,
     fake_vllm,
     processed,
@@ -253,6 +255,23 @@ def test_a_dialogue_goes_on_at_another_server_with_the_same_request() -> None:
     assert one.bodies == two.bodies
 
 
+def test_it_is_told_once_that_a_server_begins_to_fail() -> None:
+    told: list[str] = []
+
+    async def run(urls: list[str]) -> None:
+        options = EngineOptions(Rounds(), urls=tuple(urls), tell=told.append)
+        engine = await asyncio.to_thread(open_engine, "tiny", None, options)
+        broken.answer = failing(999, 500)
+        await asyncio.gather(*(engine.complete(request([1], n)) for n in range(8)))
+        await engine.close()
+
+    with fake_vllm() as broken, fake_vllm() as healthy:
+        asyncio.run(run([broken.url, healthy.url]))
+    assert told == [
+        f"{broken.url}/v1/completions answered 500: no luck; what it was asked is sent again"
+    ]
+
+
 def test_a_server_that_comes_back_is_used_again() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -289,3 +308,34 @@ def test_only_what_lies_outside_goes_through_a_proxy(monkeypatch: pytest.MonkeyP
         "http://[::1]:1",
     ]
     assert [proxy_of(url) for url in urls] == ["http://proxy:3128", None, None, None]
+
+
+def test_three_servers_that_fail_a_third_of_the_time_lose_and_change_nothing() -> None:
+    """Each request's ids follow from its seed; every failure is of another kind."""
+    kinds: list[Answer] = [
+        (0, None, {}),
+        (500, NO_LUCK, {}),
+        (429, NO_LUCK, {"Retry-After": "0"}),
+        (200, b"<html>", {}),
+        (503, b"", {}),
+        CUT,
+    ]
+
+    def frail(number: int) -> Any:
+        draws, lock = random.Random(number), threading.Lock()
+
+        def answer(body: dict[str, Any]) -> Answer:
+            with lock:
+                fails, kind = draws.random() < 1 / 3, draws.choice(kinds)
+            done = completion(body, [body["seed"] % 97, STOP], [-0.5, -0.25])
+            return kind if fails else (200, done, {})
+
+        return answer
+
+    requests = [request([1, 2, n], n) for n in range(300)]
+    with fake_vllm(frail(0)) as a, fake_vllm(frail(1)) as b, fake_vllm(frail(2)) as c:
+        done = complete([a.url, b.url, c.url], *requests, retry=Retry(12, 0.01))
+        sent = [len(fake.bodies) for fake in (a, b, c)]
+    assert [d.ids for d in done] == [[n % 97, STOP] for n in range(300)]
+    assert 400 < sum(sent) < 520
+    assert min(sent) > 100

@@ -167,7 +167,7 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> OpenAIEng
         require_key(wire, base)
     opening(lambda: _check(bases, model, options), options.cancelled)
     served = [Served(base, model, options.max_model_len or UNKNOWN_CONTEXT) for base in bases]
-    return OpenAIEngine(Line(served, wire, retry_of(options)))
+    return OpenAIEngine(Line(served, wire, retry_of(options), tell=options.tell))
 
 
 def require_key(wire: Wire, base: str) -> None:

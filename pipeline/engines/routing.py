@@ -60,13 +60,18 @@ class Router:
         """Count a request out, however it ended."""
         self._servers[n].load -= 1
 
-    def failed(self, n: int, now: float, asked_s: float = 0.0) -> None:
-        """Let a server rest, for `asked_s` at the least. Requests that fail together count once."""
+    def failed(self, n: int, now: float, asked_s: float = 0.0) -> bool:
+        """Let a server rest, for `asked_s` at the least; return whether it answered until now.
+
+        Requests that fail together count once.
+        """
         server = self._servers[n]
+        was_up = server.failures == 0
         if now >= server.rests_until or not server.failures:
             server.failures += 1
         server.failed_at = now
         server.rests_until = max(server.rests_until, now + max(self._rest(server), asked_s))
+        return was_up
 
     def succeeded(self, n: int, sent_at: float) -> None:
         """Trust a server again, unless the request that it answered is older than its failure."""

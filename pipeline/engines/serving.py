@@ -78,7 +78,9 @@ class Keeper(Protocol):
 
 
 class Line:
-    """Brings requests to the servers of one party. `keeper` keeps the one server that is ours."""
+    """Brings requests to the servers of one party. `keeper` keeps the one server that is ours;
+    `tell` shows a line when a server begins to fail.
+    """
 
     def __init__(
         self,
@@ -86,11 +88,13 @@ class Line:
         wire: Wire,
         retry: Retry | None = None,
         keeper: Keeper | None = None,
+        tell: Callable[[str], None] = print,
     ) -> None:
         assert keeper is None or len(servers) == 1, "a keeper keeps one server"
         self.servers = tuple(servers)
         self.wire = wire
         self.keeper = keeper
+        self._tell = tell
         self._retry = retry or Retry()
         self._router = Router(len(servers), self._retry.first_pause_s)
 
@@ -115,7 +119,8 @@ class Line:
                 answer = await send(served)
             except Outage as error:
                 outage, failed = error, failed + 1
-                self._router.failed(n, time.monotonic(), outage.asked_s)
+                if self._router.failed(n, time.monotonic(), outage.asked_s):
+                    self._tell(f"{outage}; what it was asked is sent again")
             except Refusal as refusal:
                 raise self._final(request, refusal, served) from None
             else:

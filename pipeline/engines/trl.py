@@ -135,7 +135,8 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> Engine:
     urls = [checked_url(url).removesuffix("/v1") for url in options.urls]
     wire = Wire(options.api_key_env or KEY_ENV, options.timeout_s)
     if opening(lambda: _are_vllm(urls, model, options), options.cancelled):
-        return VllmEngine(Line(attach_all(urls, model, options), wire, retry_of(options)))
+        served = attach_all(urls, model, options)
+        return VllmEngine(Line(served, wire, retry_of(options), tell=options.tell))
     tempered = opening(lambda: _probe_all(urls, options), options.cancelled)
     if not options.max_model_len:
         raise DataError(
@@ -147,7 +148,8 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> Engine:
         "model" + ("" if tempered else "; its log-probs are of raw logits, and are not kept")
     )
     served = [Served(url, model, options.max_model_len) for url in urls]
-    return TrlEngine(Line(served, wire, retry_of(options)), tokenizer, tempered)
+    line = Line(served, wire, retry_of(options), tell=options.tell)
+    return TrlEngine(line, tokenizer, tempered)
 
 
 async def _are_vllm(

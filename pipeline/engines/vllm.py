@@ -152,7 +152,7 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> VllmEngin
     key_env, retry = options.api_key_env or KEY_ENV, retry_of(options)
     if options.urls:
         served = attach_all(options.urls, model, options)
-        return VllmEngine(Line(served, Wire(key_env, options.timeout_s), retry))
+        return VllmEngine(Line(served, Wire(key_env, options.timeout_s), retry, tell=options.tell))
 
     def start(cancelled: threading.Event) -> Running:
         return _start(model, options, cancelled)
@@ -160,7 +160,8 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> VllmEngin
     running = start(options.cancelled)
     keeper = ServerKeeper(running, start, options.restarts, options.tell)
     # The key of an API is none of our own server's business.
-    return VllmEngine(Line([running.served], Wire(KEY_ENV, options.timeout_s), retry, keeper))
+    wire = Wire(KEY_ENV, options.timeout_s)
+    return VllmEngine(Line([running.served], wire, retry, keeper, options.tell))
 
 
 def _start(model: str, options: EngineOptions, cancelled: threading.Event) -> Running:
