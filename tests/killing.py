@@ -15,19 +15,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import tokenizers  # noqa: F401 - imported before the forks
 import torch
-import transformers.models.llama  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401 - imported before the forks
 
-import pipeline.chat
-import pipeline.engines.hf
-import pipeline.generation
-import pipeline.parties  # noqa: F401
+import pipeline.engines.hf  # noqa: F401
 from pipeline.config import parse
 from pipeline.journal import read_journal
 from stages import generate
+
+
+def warm_up() -> None:
+    """Play one game here, so that no run has to import anything."""
+    flags = ["--environment", "guessing_game", "--dataset", "guessing_game", "--num_data", "1"]
+    flags += ["--engine", "scripted", "--script", "guessing_game"]
+    model = sys.argv[sys.argv.index("--model") + 1]
+    with TemporaryDirectory() as out:
+        generate.main(parse(generate.Config, [*flags, "--model", model, "--output_repo", out]))
 
 
 def live(out: str, moments: list[dict[str, float]], jitter: random.Random) -> None:
@@ -96,5 +102,6 @@ if __name__ == "__main__":
     lives, *flags = sys.argv[1:]
     sys.argv = ["stages/generate.py", *flags]
     torch.set_num_threads(1)
+    warm_up()
     for out, moments in json.loads(lives).items():
         live(out, moments, random.Random(7))

@@ -196,6 +196,7 @@ def play(fatal):
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+killing.warm_up()
 assert play(fatal=True) == -9
 journal = (out / ".turnwise" / "journal.jsonl").read_bytes()
 last = len(journal.splitlines(keepends=True)[-1])
@@ -245,7 +246,7 @@ def fake_server(*flags: str) -> Iterator[FakeServer]:
 
 
 def served(server: FakeServer, *more: object) -> list[object]:
-    return [*GAME, "--engine", "vllm", "--policy_url", server.url, "--maxlen", 12, *more]
+    return [*GAME, "--engine", "vllm", "--maxlen", 12, "--policy_url", server.url, *more]
 
 
 @pytest.mark.slow
@@ -285,6 +286,19 @@ def test_a_server_that_stays_away_leaves_failed_rollouts_that_go_on_later(policy
         assert not (torn / "turnwise.json").exists()
         server.start()
         finish(start(policy, torn, *flags))
+    assert shards(torn) == shards(whole)
+
+
+def test_when_one_of_two_servers_dies_the_other_plays_everything(policy, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    speed = ("--step-ms=3", "--slots=4")
+    with fake_server(*speed) as one, fake_server(*speed) as other:
+        flags = served(one, other.url, "--num_data", 25, "--concurrency", 16)
+        finish(start(policy, whole, *flags))
+        stage = start(policy, torn, *flags)
+        wait_for_lines(torn, 10, stage)
+        one.kill()
+        assert "50 of 50 dialogues · 0 in flight · 0 failed" in finish(stage)
     assert shards(torn) == shards(whole)
 
 
@@ -331,7 +345,9 @@ def _children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_real_server_killed_three_times_is_started_again(policy: Any, tmp_path: Path) -> None:
+def test_real_servers_end_with_ctrl_c_and_are_started_again_when_killed(
+    policy: Any, tmp_path: Path
+) -> None:
     from vllm_fixtures import save_tiny_llama
 
     model, out = save_tiny_llama(tmp_path / "policy", 512), tmp_path / "out"
@@ -340,6 +356,15 @@ def test_a_real_server_killed_three_times_is_started_again(policy: Any, tmp_path
         *(*GAME, "--engine", "vllm", "--num_data", 400, "--maxlen", 40, "--concurrency", 8),
         *("--server_args=--enforce-eager", "--dtype", "float32", "--retries", 2),
     ]
+    stage = start(str(model), out, *flags)
+    wait_for_lines(out, 5, stage)
+    servers = server_processes(stage)
+    began = time.monotonic()
+    stage.send_signal(signal.SIGINT)
+    assert "run the same command again" in finish(stage, code=130)
+    assert time.monotonic() - began < 5
+    assert servers and not any(Path(f"/proc/{pid}").exists() for pid in servers)
+
     stage = start(str(model), out, *flags)
     kept: list[dict] = []
     for lines in (20, 120, 250):
