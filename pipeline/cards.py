@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.dialogues import spoken
 from pipeline.manifest import redact_text, write_atomically
 from pipeline.records import NO_SCORE
 from pipeline.shards import read_batches, read_schema
@@ -245,7 +246,7 @@ def show_dialogue(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return a dialogue as text, long ones cut with a word on how much."""
     lines = []
     for message in messages[:_SAMPLE_MESSAGES]:
-        content = message.get("content") or ""
+        content = spoken(message)
         calls = ", ".join(f"{c['name']}({c['arguments']})" for c in message.get("tool_calls") or [])
         text = f"{content} {calls}".strip()
         cut = len(text) - _SAMPLE_CHARS

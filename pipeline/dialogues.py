@@ -29,8 +29,20 @@ def parted(text: str) -> tuple[str | None, str]:
 
 
 def spoken(message: Mapping[str, Any]) -> str:
-    """Return what others may read of a message: its content, without the thoughts it may hold."""
-    return parted(message.get("content") or "")[1]
+    """Return what others may read of a message: of an assistant's content, no thoughts."""
+    content = message.get("content") or ""
+    return parted(content)[1] if message.get("role") == "assistant" else content
+
+
+def heard(messages: Sequence[Message]) -> list[Message]:
+    """Return messages as others hear them: without what the assistant thought."""
+    return [
+        Message(**{k: v for k, v in message.items() if k != "reasoning_content"})  # type: ignore[typeddict-item]
+        | Message(content=spoken(message))
+        if message.get("role") == "assistant" and message.get("content")
+        else message
+        for message in messages
+    ]
 
 
 def spells(text: str, message: Mapping[str, Any], lead: str) -> bool:

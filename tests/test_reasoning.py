@@ -1,5 +1,6 @@
 """Models that think: what is recorded of a thought, what stays of it in history, who reads it."""
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import pytest
 
 from pipeline.chat import Chat
-from pipeline.dialogues import parted, spoken
+from pipeline.dialogues import heard, parted, spoken
+from pipeline.environments.base import Dialogue
+from pipeline.environments.guessing_game import GuessingGame
 from pipeline.errors import DataError
-from pipeline.records import Message
+from pipeline.records import Message, Rollout
+from pipeline.rewards.base import EMPTY_RESPONSE, blank
+from pipeline.rewards.encoding import Encoder
 from templates import FORMATS, make_tokenizer
 
 DATE = "2026-01-31"
@@ -277,3 +282,43 @@ def test_variables_are_seen_by_the_probes_too() -> None:
 def test_a_variable_of_ours_is_refused(name: str) -> None:
     with pytest.raises(DataError, match=f"can't be named {name}"):
         chat_of("qwen3", **{name: True})
+
+
+THOUGHTFUL = [
+    {"role": "user", "content": "What does <think> mean?"},
+    {"role": "assistant", "content": "<think>\nSay 17.\n</think>\n\nIt is 5.", "name": "x"},
+    {"role": "user", "content": "And </think>?"},
+    {"role": "assistant", "content": "12", "reasoning_content": "or 13"},
+    {"role": "assistant", "content": None, "tool_calls": []},
+]
+
+
+def test_others_hear_what_was_said_and_users_may_write_the_tags():
+    assert heard(THOUGHTFUL) == [
+        THOUGHTFUL[0],
+        {"role": "assistant", "content": "It is 5.", "name": "x"},
+        THOUGHTFUL[2],
+        {"role": "assistant", "content": "12"},
+        THOUGHTFUL[4],
+    ]
+    assert [spoken(message) for message in THOUGHTFUL] == [
+        "What does <think> mean?", "It is 5.", "And </think>?", "12", "",
+    ]  # fmt: skip
+
+
+def test_thoughts_are_neither_answered_nor_scored():
+    """The game answers the guess that was said; a reward model's page has no thought on it."""
+    info = {"secret": 17, "low": 1, "high": 32}
+    dialogue = Dialogue(0, "p", 0, THOUGHTFUL[:2], info=info)
+    assert asyncio.run(GuessingGame().reply(dialogue)) == [{"role": "user", "content": "higher"}]
+    chat = Chat(make_tokenizer("chatml"), "2024-12-24")
+    values = {"branch_turn": None, "score_turn": 1, "status": "complete", "end_reason": "x"}
+    rollout = Rollout("p", 0, THOUGHTFUL[:4], None, **values)
+    ids, lengths = Encoder(chat, None, "template").encode(rollout, [0, 1])
+    page = chat.tokenizer.decode(ids)
+    assert "It is 5." in page and "17" not in page and "13" not in page
+    assert sorted(lengths) == [0, 1]
+    only_thought = {"role": "assistant", "content": "<think>hm, cut"}
+    rollout = Rollout("p", 0, [THOUGHTFUL[0], only_thought], None, **values)
+    scored, asked = blank(rollout, [0])
+    assert (scored.errors, asked) == ([EMPTY_RESPONSE], [])

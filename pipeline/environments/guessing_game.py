@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.dialogues import spoken
 from pipeline.environments.base import Dialogue, End, Environment
 from pipeline.records import Message
 
@@ -74,7 +75,7 @@ class GuessingGame:
 
     async def reply(self, dialogue: Dialogue) -> list[Message] | End:
         """Answer higher, lower or correct; the game goes on after "correct" as it was asked to."""
-        guess = guess_of(dialogue.messages[-1].get("content") or "")
+        guess = guess_of(spoken(dialogue.messages[-1]))
         return [Message(role="user", content=answer(dialogue.info["secret"], guess))]
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pipeline.dialogues import spoken
 from pipeline.errors import EngineError
-from pipeline.records import Message, RewardPart, Rollout
+from pipeline.records import FINISH_REASONS, Message, RewardPart, Rollout
 
 NOT_A_DIALOGUE = "not_a_dialogue"
 EMPTY_RESPONSE = "empty_response"
@@ -73,12 +74,11 @@ def policy_messages(rollout: Rollout) -> list[int]:
     """Return the index in `messages` of each policy turn.
 
     Assistant messages of the prompt itself (a dialogue that was already going on) come before the
-    played turns, so the last `len(turns)` are the policy's; without turns all of them are.
+    played turns, so the last `len(turns)` are the policy's; of text that nobody played all are.
     """
-    spoken = [i for i, message in enumerate(rollout.messages) if message.get("role") == "assistant"]
-    if rollout.turns is None:
-        return spoken
-    return spoken[len(spoken) - len(rollout.turns) :]
+    said = [i for i, message in enumerate(rollout.messages) if message.get("role") == "assistant"]
+    played = rollout.info.get(FINISH_REASONS) if rollout.turns is None else rollout.turns
+    return said if played is None else said[len(said) - len(played) :]
 
 
 def prefix(rollout: Rollout, turn: int) -> list[Message]:
@@ -110,7 +110,7 @@ def _row_error(rollout: Rollout, policy: list[int], turn: int) -> str | None:
     if not all(_is_message(message) for message in messages):
         return NOT_A_DIALOGUE
     said = messages[-1]
-    if not (said.get("content") or "").strip() and not said.get("tool_calls"):
+    if not spoken(said).strip() and not said.get("tool_calls"):
         return EMPTY_RESPONSE
     return None
 

@@ -1,8 +1,12 @@
-"""A dialogue's ids as a reward model reads them, and where the prefix of each policy turn ends."""
+"""A dialogue's ids as a reward model reads them, and where the prefix of each policy turn ends.
+
+What the policy thought is not read: a reward is for what it said.
+"""
 
 from collections.abc import Sequence
 
 from pipeline.chat import Chat
+from pipeline.dialogues import heard
 from pipeline.errors import DataError, RowError
 from pipeline.records import Message, Rollout
 from pipeline.rewards.base import NOT_A_DIALOGUE, policy_messages
@@ -76,7 +80,7 @@ class Encoder:
         if all(message.get("role") == "assistant" for message in messages):
             return NOT_A_DIALOGUE
         try:
-            ids, spans = self._chat.encode_dialogue(messages, tools)
+            ids, spans = self._chat.encode_dialogue(heard(messages), tools)
         except RowError as error:
             return error.reason
         ends = [end for _, end in spans]

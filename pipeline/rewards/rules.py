@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from pipeline.dialogues import spoken
 from pipeline.environments import guessing_game
 from pipeline.errors import DataError
 from pipeline.records import Message
@@ -29,7 +30,7 @@ def guessing_game_rule(messages: Sequence[Message], info: dict[str, Any]) -> flo
     """Score how far the interval that is still possible has shrunk, 0..1."""
     if not {"low", "high", "secret"} <= info.keys() or not info["low"] < info["high"]:
         return "no_game"
-    said = [_text(message) for message in messages if message.get("role") == "assistant"]
+    said = [spoken(message) for message in messages if message.get("role") == "assistant"]
     return guessing_game.score(info, said)
 
 
@@ -42,7 +43,7 @@ def final_answer_rule(messages: Sequence[Message], info: dict[str, Any]) -> floa
     if info.get("answer") is None:
         return "no_answer"
     wanted = answer_of(str(info["answer"])) or str(info["answer"])
-    found = answer_of(_text(messages[-1]))
+    found = answer_of(spoken(messages[-1]))
     return float(found is not None and _value(found) == _value(wanted))
 
 
@@ -50,14 +51,14 @@ def length_rule(
     messages: Sequence[Message], info: dict[str, Any], min_words: int = 1, max_words: int = 200
 ) -> float:
     """Score 1 where the message has min_words to max_words words, else 0."""
-    return float(min_words <= len(_text(messages[-1]).split()) <= max_words)
+    return float(min_words <= len(spoken(messages[-1]).split()) <= max_words)
 
 
 def format_rule(
     messages: Sequence[Message], info: dict[str, Any], pattern: str = r"####\s*\S"
 ) -> float:
     """Score 1 where the message matches `info["format"]` (a regular expression) or `pattern`."""
-    return float(re.search(info.get("format") or pattern, _text(messages[-1])) is not None)
+    return float(re.search(info.get("format") or pattern, spoken(messages[-1])) is not None)
 
 
 RULES: dict[str, Rule] = {
@@ -127,7 +128,3 @@ def _value(answer: str) -> Fraction | str:
         return Fraction(bare)
     except (ValueError, ZeroDivisionError):
         return bare
-
-
-def _text(message: Message) -> str:
-    return message.get("content") or ""
