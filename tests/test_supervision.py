@@ -95,7 +95,7 @@ def test_a_server_that_exits_is_started_again_and_its_requests_are_answered(
     assert len(started.processes) == 2
     log = tmp_path / "log-0"
     assert started.told == [
-        f"the vLLM server exited with code 3; start 1 of at most 3 anew; its log: {log}"
+        f"the vLLM server exited with code 3; restart 1 of at most 3; its log: {log}"
     ]
 
 
@@ -157,8 +157,8 @@ def test_restarts_are_bounded_and_then_the_story_is_told(tmp_path: Path) -> None
         assert {type(error) for error in errors} == {EngineError}
         [told] = {str(error) for error in errors}
         assert told.startswith("the vLLM server exited with code 7. ")
-        assert told.endswith("It was started anew 2 times; that was the last.")
-        with pytest.raises(EngineError, match="that was the last"):
+        assert told.endswith("Of 2 restarts none is left.")
+        with pytest.raises(EngineError, match="none is left"):
             await pid_of(engine)
 
     started = play(tmp_path, story, restarts=2)

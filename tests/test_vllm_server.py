@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {"do_sample": True, "temperature": 0.1, "top_k": 1, "repetition_penalty": 2.0}
     (folder / "generation_config.json").write_text(json.dumps(asked))
     return folder
+
+
+def test_a_start_that_nobody_waits_for_any_more_ends_at_once(model: Path, tmp_path: Path) -> None:
+    options = EngineOptions(Rounds(), log_dir=tmp_path)
+
+    async def run() -> float:
+        opening = asyncio.create_task(asyncio.to_thread(open_engine, str(model), None, options))
+        while not list(tmp_path.glob("*.log")):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(1.0)
+        options.cancelled.set()
+        began = time.monotonic()
+        with pytest.raises(EngineError, match="called off"):
+            await opening
+        return time.monotonic() - began
+
+    assert asyncio.run(run()) < 4.0
+    assert not [command for command in _commands() if str(model).encode() in command]
+
+
+def _commands() -> Iterator[bytes]:
+    """Yield the command of every process that runs."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            yield file.read_bytes()
 
 
 @dataclass
@@ -320,9 +346,9 @@ def test_a_server_that_dies_at_work_is_started_again_and_draws_the_same_ids(
     after = opened.complete(requests * 4)
     killer.join()
     assert [done.ids for done in after[:8]] == [done.ids for done in before]
-    [line] = opened.told
-    assert line.startswith("the vLLM server exited with code 137; start 1 of at most 1 anew; its")
+    [line] = [line for line in opened.told if "restart" in line]
+    assert line.startswith("the vLLM server exited with code 137; restart 1 of at most 1; its")
     opened.kill()
     with pytest.raises(EngineError, match=r"exited with code 137\. (?s:.*)\.log:\n.") as caught:
         opened.complete(requests[:1])
-    assert str(caught.value).endswith("It was started anew 1 times; that was the last.")
+    assert str(caught.value).endswith("Of 1 restarts none is left.")

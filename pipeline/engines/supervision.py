@@ -112,8 +112,8 @@ class ServerKeeper:
         story = self.running.process.story(what)
         while self._left and not self._closing.is_set():
             self._left -= 1
-            nth = f"start {self._restarts - self._left} of at most {self._restarts}"
-            self._tell(f"the vLLM server {what}; {nth} anew; its log: {self.running.process.log}")
+            nth = f"restart {self._restarts - self._left} of at most {self._restarts}"
+            self._tell(f"the vLLM server {what}; {nth}; its log: {self.running.process.log}")
             await asyncio.to_thread(self.running.process.close)
             try:
                 self.running = await asyncio.to_thread(self._start, self._closing)
@@ -123,7 +123,7 @@ class ServerKeeper:
             else:
                 self._restarting = None
                 return
-        self._end = f"{story}\nIt was started anew {self._restarts} times; that was the last."
+        self._end = f"{story}\nOf {self._restarts} restarts none is left."
         self._restarting = None
 
     async def _keep_watch(self) -> None:

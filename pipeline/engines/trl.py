@@ -131,7 +131,9 @@ def _first(answer: dict[str, Any]) -> list[Any]:
 def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> Engine:
     """Attach to the servers at `options.urls`, in the way in which they serve."""
     if not options.urls:
-        raise DataError("engine trl attaches to servers that run: give their URLs")
+        raise DataError(
+            "engine trl attaches to servers that run: give their URLs (--policy_url, --user_url)"
+        )
     urls = [checked_url(url).removesuffix("/v1") for url in options.urls]
     wire = Wire(options.api_key_env or KEY_ENV, options.timeout_s)
     if opening(lambda: _are_vllm(urls, model, options), options.cancelled):
@@ -140,8 +142,8 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> Engine:
     tempered = opening(lambda: _probe_all(urls, options), options.cancelled)
     if not options.max_model_len:
         raise DataError(
-            f"{urls[0]} doesn't tell its longest context: give --max_model_len, and no more than "
-            "the server was started with, or a long prompt ends it"
+            f"{urls[0]} doesn't tell its longest context: give --max_model_len (for a user model "
+            "--user_max_model_len), and no more than it was started with, or a long prompt ends it"
         )
     options.tell(
         f"{', '.join(urls)}: TRL before 1.11 answers one request at a time and doesn't name its "
