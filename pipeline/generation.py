@@ -13,10 +13,15 @@ from pipeline.plans import Plan
 from pipeline.records import FAILURE, FINISH_REASONS, USER_RETRIES, Rollout
 from pipeline.rollout import Job, turns_of, was_cut
 from pipeline.rows import rollout_from_row, rollout_row
+from pipeline.seeds import seed_for
 from pipeline.shelf import Played, Shelf
 
 _SPENT = "spent"
 _BATCH_ROWS = 256
+# A long dialogue that begins last is waited for when all others are done. Strictly longest first is
+# worse: all of those want the user model at once, and leave it idle when the short ones come. Half
+# the range of the draw was best in a model of two servers, whichever of them was the busier one.
+LONG_FIRST = 0.5
 
 
 @dataclass
@@ -65,22 +70,31 @@ class Generation:
         plan_of: Callable[[str], Plan],
         turns_of_plan: Callable[[Plan], int],
         max_failed_share: float,
+        seed: int,
     ) -> None:
         self.shelf = shelf
         self.journal = journal
         self.plan_of = plan_of
         self.turns_of_plan = turns_of_plan
         self.max_failed_share = max_failed_share
+        self.seed = seed
         self.summary = Summary()
         self.meter = Meter()
         self.in_flight: Callable[[], int] = lambda: 0
         self.progress = Progress(0, 0, self.meter, lambda: self.in_flight())
         self.prompts_left = 0
+        self.longest = 1
         for place, record in journal.places():
             self._note(place, record)
         for prompt_id in shelf.ids():
             self._count(self.plan_of(prompt_id), shelf.played(prompt_id))
         self.progress.failed += self.summary.counts["status_failed"]
+
+    def _rank(self, prompt_id: str) -> float:
+        """Return where a prompt stands: its draw in 0..1, less up to LONG_FIRST for long plans."""
+        draw = seed_for(self.seed, prompt_id, 0, 0, "order") / 2**63
+        turns = self.turns_of_plan(self.plan_of(prompt_id))
+        return draw - LONG_FIRST * turns / self.longest
 
     def _note(self, place: int, record: Mapping[str, Any]) -> None:
         info = _info(record)
@@ -102,17 +116,14 @@ class Generation:
             return
         self.prompts_left += 1
         fork, full = plan.branch_turn or 0, self.turns_of_plan(plan)
+        self.longest = max(self.longest, full)
         turns = {rollout.sample: rollout.turns for rollout in played}
         self.progress.turns += max(0, fork - max(turns.values(), default=0))
         self.progress.turns += sum(full - max(fork, turns.get(s, 0)) for s in range(plan.samples))
 
     def jobs(self) -> Iterator[Job]:
-        """Yield what is left to play, the longest dialogues first.
-
-        A long dialogue that began last would be waited for when all others are done.
-        """
-        prompts = self.shelf.longest_first(lambda name: self.turns_of_plan(self.plan_of(name)))
-        for prompt in prompts:
+        """Yield what is left to play, in a drawn order in which long dialogues tend to be early."""
+        for prompt in self.shelf.by_rank(self._rank):
             plan, played = self.plan_of(prompt.prompt_id), self.shelf.played(prompt.prompt_id)
             if is_whole(plan, played):
                 continue

@@ -82,20 +82,21 @@ class Shelf:
 
     def __iter__(self) -> Iterator[Prompt]:
         """Yield the prompts in key order."""
-        return self.longest_first(lambda prompt_id: 0)
+        return self.by_rank(lambda prompt_id: 0.0)
 
     def ids(self) -> Iterator[str]:
         """Yield the ids of the prompts in key order."""
         for (key,) in self._db.execute("SELECT id FROM prompts ORDER BY id"):
             yield _text(key)
 
-    def longest_first(self, length: Callable[[str], int]) -> Iterator[Prompt]:
-        """Yield the prompts by falling `length` of their ids, those of one length in key order."""
+    def by_rank(self, rank: Callable[[str], float]) -> Iterator[Prompt]:
+        """Yield the prompts by rising `rank` of their ids, those of one rank in key order."""
         ordered = self._db.execute("SELECT place, id FROM prompts ORDER BY id")
         places = np.fromiter(
-            ((place, -length(_text(key))) for place, key in ordered), dtype=np.dtype((np.int64, 2))
+            ((place, rank(_text(key))) for place, key in ordered), dtype=np.dtype((np.float64, 2))
         )
-        for place in places[np.argsort(places[:, 1], kind="stable"), 0].tolist():
+        order = np.argsort(places[:, 1], kind="stable")
+        for place in places[order, 0].astype(np.int64).tolist():
             (body,) = self._db.execute(
                 "SELECT body FROM prompts WHERE place = ?", (place,)
             ).fetchone()

@@ -126,8 +126,8 @@ class Config:
     """Longest context of the policy in ids; 0 takes the model's own."""
     user_max_model_len: int = 0
     """Longest context of the user model in ids; 0 takes the model's own."""
-    concurrency: int = execution(512)
-    """Dialogues in play at the same time."""
+    concurrency: int = execution(384)
+    """Dialogues in play at once: about what the servers run together; more evict cached prefixes."""
     max_batch_tokens: int = execution(131072)
     """Ids in one batch of the hf engine, new ones included."""
     max_batch_rows: int = execution(512)
@@ -221,7 +221,12 @@ def main(config: Config) -> None:
         closing(output.journal()) as journal,
     ):
         generation = Generation(
-            shelf, journal, config.plan_of, config.turns_of, config.max_failed_share
+            shelf,
+            journal,
+            config.plan_of,
+            config.turns_of,
+            config.max_failed_share,
+            config.seed,
         )
         if generation.prompts_left:
             asyncio.run(_play(config, generation, output))

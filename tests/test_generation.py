@@ -72,6 +72,7 @@ def generation(folder: Path, count: int, share: float = 1.0, plan: str = "refuel
         lambda prompt_id: plan_for(plan, 0, prompt_id, TURNS, 3),
         lambda plan: plan.score_turn + 1,
         share,
+        0,
     )
 
 
@@ -198,17 +199,28 @@ def test_dialogues_in_play_are_bounded_and_forks_come_first(tmp_path):
 
     run_ = generation(tmp_path, 12, plan="independent")
     seat = seated(Watched(), run_.finished)
-    asyncio.run(play_all(run_.jobs(), seat, 5))
+    jobs = list(run_.jobs())
+    asyncio.run(play_all(jobs, seat, 5))
     assert peak == 5
     begun = [key[0] for key in order if key[2] == 0]
     # The three rollouts of a prompt begin one after the other, before those of the next.
-    assert begun == [p.prompt_id for p in prompts(12) for _ in range(3)]
+    assert begun == [job.prompt.prompt_id for job in jobs for _ in range(3)]
 
 
-def test_the_longest_dialogues_are_admitted_first(tmp_path):
-    run_ = generation(tmp_path, 40)
-    lengths = [job.plan.score_turn for job in run_.jobs()]
-    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == TURNS
+def test_long_dialogues_tend_to_be_early_and_all_lengths_are_mixed(tmp_path):
+    run_ = generation(tmp_path, 400)
+    jobs = list(run_.jobs())
+    assert sorted(job.prompt.prompt_id for job in jobs) == [p.prompt_id for p in prompts(400)]
+    places: dict[int, list[int]] = {turn: [] for turn in range(TURNS)}
+    for place, job in enumerate(jobs):
+        places[job.plan.score_turn].append(place)
+    means = [sum(found) / len(found) for found in places.values()]
+    assert means == sorted(means, reverse=True)
+    # The shortest dialogues begin before the first half of the longest ones has.
+    assert min(places[0]) < sorted(places[TURNS - 1])[len(places[TURNS - 1]) // 2]
+    assert [job.prompt for job in generation(tmp_path / "again", 400).jobs()] == [
+        job.prompt for job in jobs
+    ]
 
 
 def test_a_straggler_delays_itself_only(tmp_path):

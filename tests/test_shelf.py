@@ -36,11 +36,11 @@ def test_duplicates_and_taken_ids_are_told_apart(shelf: Shelf) -> None:
     assert list(shelf.ids()) == ["1"]
 
 
-def test_the_longest_come_first_and_equals_in_key_order(shelf: Shelf) -> None:
-    lengths = {"a": 2, "b": 5, "c": 2, "d": 5, "e": 1}
+def test_ranks_rise_and_equals_are_in_key_order(shelf: Shelf) -> None:
+    ranks = {"a": -2, "b": -5.5, "c": -2, "d": -5.5, "e": -1}
     for name in "cabde":
         shelf.add(prompt(name), name)
-    ordered = [p.prompt_id for p in shelf.longest_first(lengths.__getitem__)]
+    ordered = [p.prompt_id for p in shelf.by_rank(ranks.__getitem__)]
     assert ordered == ["b", "d", "a", "c", "e"]
 
 
@@ -93,7 +93,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for n in range(200_000):
     shelf.add(Prompt(str(n), [{"role": "user", "content": str(n) * 150}]), str(n))
     shelf.note(str(n), Played(0, n, 1, False))
-assert sum(1 for _ in shelf.longest_first(int)) == 200_000
+assert sum(1 for _ in shelf.by_rank(int)) == 200_000
 assert sum(shelf.places()) == 200_000 * 199_999 // 2
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
