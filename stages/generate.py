@@ -127,7 +127,7 @@ class Config:
     user_max_model_len: int = 0
     """Longest context of the user model in ids; 0 takes the model's own."""
     concurrency: int = execution(384)
-    """Dialogues in play at once: about what the servers run together; more evict cached prefixes."""
+    """Dialogues in play at once: about what the servers run together; more evict cached ids."""
     max_batch_tokens: int = execution(131072)
     """Ids in one batch of the hf engine, new ones included."""
     max_batch_rows: int = execution(512)
