@@ -41,11 +41,11 @@ class Config:
     """Prompts of the part with simulated servers; each has two rollouts."""
     time_scale: float = 3.0
     """How many times faster than their latencies the simulated servers are."""
-    concurrency: int = 512
-    """Dialogues in play at the same time with simulated servers."""
+    concurrency: int = 384
+    """Dialogues in play at the same time with simulated servers; the stage's default."""
     games: tuple[int, int] = (1000, 100_000)
     """Dialogues of two runs with the scripted engine."""
-    http_dialogues: int = 500
+    http_dialogues: int = 1000
     """Dialogues played with servers that answer at once."""
 
 
