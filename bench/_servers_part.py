@@ -102,7 +102,11 @@ class Seen:
 
     @property
     def bound_s(self) -> float:
-        """Seconds in which the busier engine does the same with every slot busy all the time."""
+        """Seconds in which the busier engine does the same with every slot busy all the time.
+
+        The same includes reading again what its cache had lost: who overflows the cache raises this
+        bound, so that the wall itself is to be looked at too.
+        """
         return max(stats["busy_slot_s"] / stats["slots"] for stats in self.both)
 
     @property
