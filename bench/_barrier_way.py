@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import load_chat
+from pipeline.chat_files import load_chat
 from pipeline.engines.base import EngineOptions, Sampling
 from pipeline.engines.rounds import Rounds
 from pipeline.engines.vllm import open_engine

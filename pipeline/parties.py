@@ -97,8 +97,10 @@ async def seat_all(
     Raises DataError or EngineError as soon as one of them can't start; the others are ended.
     """
     chats = [_chat(party, date) for party in parties]
+    started: list[Engine] = []
+    opened.push_async_callback(_close_all, started)
     starting = [
-        asyncio.ensure_future(_open(party, chat, opened))
+        asyncio.ensure_future(_open(party, chat, started))
         for party, chat in zip(parties, chats, strict=True)
     ]
     try:
@@ -118,7 +120,7 @@ def _chat(party: Party, date: str) -> Any:
     """Load a party's template, and make sure that it takes the system prompt."""
     if party.engine in SPEAK_TEXT:
         return None
-    from pipeline.chat import load_chat
+    from pipeline.chat_files import load_chat
 
     chat = load_chat(
         party.model, date, party.options.trust_remote_code, party.template_kwargs or None
@@ -135,7 +137,12 @@ def _chat(party: Party, date: str) -> Any:
     return chat
 
 
-async def _open(party: Party, chat: Any, opened: AsyncExitStack) -> Engine:
+async def _close_all(engines: Sequence[Engine]) -> None:
+    """Close side by side: each server has its seconds to end, and Ctrl-C is to take no longer."""
+    await asyncio.gather(*(engine.close() for engine in engines))
+
+
+async def _open(party: Party, chat: Any, started: list[Engine]) -> Engine:
     open_engine = import_dotted(ENGINES[party.engine])
     tokenizer = chat.tokenizer if chat else None
     if party.engine in IN_PROCESS:
@@ -143,7 +150,7 @@ async def _open(party: Party, chat: Any, opened: AsyncExitStack) -> Engine:
         engine: Engine = open_engine(party.model, tokenizer, party.options)
     else:
         engine = await _in_thread(open_engine, party, tokenizer)
-    opened.push_async_callback(engine.close)
+    started.append(engine)
     return engine
 
 

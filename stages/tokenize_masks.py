@@ -176,7 +176,7 @@ def _rows(source: store.Repo, config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _encoder(config: Config, date: str) -> Any:
-    from pipeline.chat import load_chat
+    from pipeline.chat_files import load_chat
 
     if not config.tokenizer:
         raise DataError(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.chat import Chat, load_chat
+from pipeline.chat import Chat
+from pipeline.chat_files import load_chat
 from pipeline.errors import DataError, RowError
 from pipeline.records import Message, ToolCall
 from templates import FORMATS, make_tokenizer
@@ -368,3 +369,16 @@ def test_load_chat_reads_the_generation_config(tmp_path: Any) -> None:
 def test_load_chat_without_a_tokenizer(tmp_path: Any) -> None:
     with pytest.raises(DataError, match="no tokenizer can be loaded"):
         load_chat(str(tmp_path), DATE)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_texts_are_encoded_as_transformers_does_whatever_tokenizer_json_says(name: str) -> None:
+    """Truncation and padding that a tokenizer.json brings along are reset there, and here."""
+    chat = chat_of(name)
+    text = f"Grüße 🙂 {chat.tokenizer.eos_token} and {PRIVATE}, ".join("abcdefgh")
+    plain = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(plain) > 60
+    assert chat._ids(text) == plain
+    chat.tokenizer.backend_tokenizer.enable_truncation(5)
+    chat.tokenizer.backend_tokenizer.enable_padding(length=500)
+    assert chat._ids(text) == plain

@@ -102,7 +102,7 @@ def test_rollouts_of_the_repo_are_whole(policy, tmp_path):
         (["--num_turns", "0"], ["--num_turns 0"]),
         (["--template_kwargs", "[1]"], ["--template_kwargs must be JSON"]),
         (["--stop_phrase", "bye"], ["--stop_phrase needs a user model"]),
-        (["--retries", "-1"], ["--retries", "be negative"]),
+        (["--retries", "-1"], ["--retries", "negative"]),
         (["--environment", "fixed_user"], ["guessing_game go together"]),
         (["--environment", "fixed_user", "--dataset", "rows.jsonl"], ["no such file"]),
     ],

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipeline.admission import play_all
-from pipeline.chat import Chat, load_chat
+from pipeline.chat import Chat
+from pipeline.chat_files import load_chat
 from pipeline.engines.base import EngineOptions, Sampling
 from pipeline.engines.rounds import Rounds
 from pipeline.engines.vllm import open_engine
