@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dialogues import spoken
 from pipeline.manifest import redact_text, write_atomically
 from pipeline.records import NO_SCORE
 from pipeline.shards import read_batches, read_schema
+from pipeline.thoughts import spoken
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "datasets_cards"
 

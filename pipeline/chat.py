@@ -13,18 +13,14 @@ from operator import itemgetter
 from typing import Any
 
 from pipeline.dialogues import (
-    END_THINK,
     PROBE_TOOLS,
     TEMPLATE_ERROR,
-    THINK,
-    THINK_TAGS,
     Messages,
     after,
     assistant,
     clean,
     last_assistant,
     mark,
-    parted,
     probes,
     spells,
     tool_schemas,
@@ -33,6 +29,7 @@ from pipeline.dialogues import (
 from pipeline.errors import DataError, RowError
 from pipeline.records import Message
 from pipeline.shield import Shield
+from pipeline.thoughts import END_THINK, THINK, THINK_TAGS, parted
 
 SPAN_UNPROVEN = "span_unproven"
 OURS = (

@@ -39,6 +39,7 @@ GROUND = {
     "schedule",
     "seeds",
     "selection",
+    "thoughts",
     "turns",
 }
 GROUND_LIBRARIES = {"numpy", "pyarrow", "torch"}

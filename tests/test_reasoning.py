@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from pipeline.chat import Chat
-from pipeline.dialogues import heard, parted, spoken
 from pipeline.environments.base import Dialogue
 from pipeline.environments.guessing_game import GuessingGame
 from pipeline.errors import DataError
 from pipeline.records import Message, Rollout
 from pipeline.rewards.base import EMPTY_RESPONSE, blank
 from pipeline.rewards.encoding import Encoder
+from pipeline.thoughts import heard, parted, spoken
 from templates import FORMATS, make_tokenizer
 
 DATE = "2026-01-31"

@@ -30,9 +30,7 @@ def play(prompts, plans, engine, concurrency=64, done=None, **changes) -> dict[t
     finished: list[Rollout] = []
     seat = table(engine, TOKENIZER, finished, **changes)
     done = done or {}
-    jobs = [
-        Job(p, plan, done.get(p.prompt_id, [])) for p, plan in zip(prompts, plans, strict=True)
-    ]
+    jobs = [Job(p, plan, done.get(p.prompt_id, [])) for p, plan in zip(prompts, plans, strict=True)]
     asyncio.run(play_all(jobs, seat, concurrency))
     return {rollout.key: rollout for rollout in finished}
 

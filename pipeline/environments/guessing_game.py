@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dialogues import spoken
 from pipeline.environments.base import Dialogue, End, Environment
 from pipeline.records import Message
+from pipeline.thoughts import spoken
 
 # A list of 20 strings would be no clearer.
 _ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen

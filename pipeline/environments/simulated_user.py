@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.dialogues import spoken
 from pipeline.engines.base import Completion, Engine, Request, Sampling
 from pipeline.environments.base import Dialogue, End, Environment
 from pipeline.errors import RowError
 from pipeline.records import USER_RETRIES, Message
 from pipeline.seeds import seed_for
+from pipeline.thoughts import spoken
 
 MAX_TRIES = 3
 MARKER = "Question:"

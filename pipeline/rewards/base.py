@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.dialogues import spoken
 from pipeline.errors import EngineError
 from pipeline.records import FINISH_REASONS, Message, RewardPart, Rollout
+from pipeline.thoughts import spoken
 
 NOT_A_DIALOGUE = "not_a_dialogue"
 EMPTY_RESPONSE = "empty_response"

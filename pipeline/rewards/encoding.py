@@ -6,10 +6,10 @@ What the policy thought is not read: a reward is for what it said.
 from collections.abc import Sequence
 
 from pipeline.chat import Chat
-from pipeline.dialogues import heard
 from pipeline.errors import DataError, RowError
 from pipeline.records import Message, Rollout
 from pipeline.rewards.base import NOT_A_DIALOGUE, policy_messages
+from pipeline.thoughts import heard
 
 BOS_POLICIES = ("template", "none")
 TAIL_DIFFERS = "turn_not_located"

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from pipeline.dialogues import spoken
 from pipeline.environments import guessing_game
 from pipeline.errors import DataError
 from pipeline.records import Message
 from pipeline.rewards.base import Settings
 from pipeline.rewards.functions import FunctionReward, digest
+from pipeline.thoughts import spoken
 
 Rule = Callable[..., float | str]
 
