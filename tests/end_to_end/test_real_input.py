@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 ETA = 5.0
 
 pytestmark = pytest.mark.skipif(
-    not wired.DATA.is_dir(), reason="the real inputs are not beside the project"
+    not wired.GSM8K.exists(), reason="the real inputs are not beside the project"
 )
 
 
@@ -219,10 +219,9 @@ def test_simulated_questions_are_questions(served):
 
 
 def test_the_datasets_user_turns_are_replayed(embedded, prompts):
-    from pipeline.prompts import prompt_of
+    from pipeline.prompts import load_prompts
 
-    rows = [json.loads(line) for line in prompts["both"].read_text().splitlines()]
-    wanted = [prompt_of(row, keep_user_turns=True) for row in rows]
+    wanted = list(load_prompts(str(prompts["both"]), "train", 0, 0, keep_user_turns=True))
     users = {p.prompt_id: [p.messages[0]["content"], *p.info.get("user_turns", [])] for p in wanted}
     assert len(users) == 64
     for rollout in rollouts(embedded):
