@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _barrier_way import play_with_barriers
 from _servers import Simulated, simulated_server
 from _stage import Taken, generate
@@ -53,7 +54,7 @@ class World:
     prompts: Path
     count: int
     opening_ids: str
-    vocabulary: int
+    corpus: Path
 
     @property
     def models(self) -> tuple[Path, Path]:
@@ -65,7 +66,13 @@ def make_world(work: Path, count: int) -> World:
     work.mkdir(parents=True, exist_ok=True)
     prompts = work / "prompts.jsonl"
     print(f"{work.name}: {write_prompts(prompts, count)}")
-    tokenizer = wired_tokenizer(texts_of(prompts), CONTEXT)
+    texts = texts_of(prompts)
+    tokenizer = wired_tokenizer(texts, CONTEXT)
+    said = tokenizer("\n".join(texts), add_special_tokens=False).input_ids
+    # What is said is text: of ids drawn one by one, words would come out that nobody writes, which
+    # take a tokenizer three times as long.
+    copies = -(-4 * MAX_TOKENS[0] // len(said))
+    np.save(work / "corpus.npy", np.tile(np.asarray(said), copies))
     opening = tokenizer("Question:", add_special_tokens=False).input_ids
     return World(
         work,
@@ -74,7 +81,7 @@ def make_world(work: Path, count: int) -> World:
         prompts,
         count,
         ",".join(map(str, opening)),
-        len(tokenizer),
+        work / "corpus.npy",
     )
 
 
@@ -120,8 +127,8 @@ class Seen:
 def two_servers(
     world: World, policy: dict[str, Any], user: dict[str, Any], **common: Any
 ) -> Iterator[tuple[Simulated, Simulated]]:
-    """Serve both parties; ids of answers are whole pieces of words, special ones left out."""
-    ids = {"ids_from": 300, "ids_to": world.vocabulary, "max_model_len": CONTEXT}
+    """Serve both parties; what they say are pieces of the dialogues that the prompts are from."""
+    ids = {"corpus": world.corpus, "max_model_len": CONTEXT}
     opening = {"opening_ids": world.opening_ids}
     with (
         simulated_server(str(world.policy), **ids, **(policy | common)) as one,

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class Settings:
     max_model_len: int = 8192
     ids_from: int = 32
     ids_to: int = 256
+    corpus: str = ""
     opening_ids: str = ""
     opening_text: str = ""
     length_median: float = 16.0
@@ -42,6 +44,7 @@ HELP = {
     "max_model_len": "longest context and answer together, in ids",
     "ids_from": "first id that an answer is made of",
     "ids_to": "the id after the last one",
+    "corpus": "an .npy of ids that answers are pieces of; without one they are drawn one by one",
     "opening_ids": "ids that every answer begins with, such as 12,7,99",
     "opening_text": "what every answer to a chat begins with",
     "length_median": "ids of an answer, its stop id included: the median",
@@ -73,7 +76,12 @@ def answer_to(body: dict[str, Any], context: np.ndarray, settings: Settings) -> 
     stops = body.get("stop_token_ids") or []
     wanted = max(length, len(opening) + 1)
     count = min(wanted, body["max_tokens"]) if stops else body["max_tokens"]
-    ids = draw.integers(settings.ids_from, settings.ids_to, count)
+    if settings.corpus:
+        text = _corpus(settings.corpus)
+        start = int(draw.integers(len(text) - count))
+        ids = text[start : start + count].copy()
+    else:
+        ids = draw.integers(settings.ids_from, settings.ids_to, count)
     ids[: len(opening)] = opening[:count]
     stopped = bool(stops) and wanted <= count
     if stopped:
@@ -81,6 +89,11 @@ def answer_to(body: dict[str, Any], context: np.ndarray, settings: Settings) -> 
     # Sixteenths: exact in binary and short in JSON.
     logprobs = (draw.integers(1, 64, count) / -16).tolist()
     return Answer(ids, logprobs, "stop" if stopped else "length")
+
+
+@cache
+def _corpus(path: str) -> np.ndarray:
+    return np.load(path)
 
 
 def _generator(body: dict[str, Any], context: np.ndarray) -> np.random.Generator:

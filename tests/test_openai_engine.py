@@ -21,6 +21,20 @@ OPENING = [
 ]
 
 
+def test_lone_surrogates_go_out_and_come_back() -> None:
+    """No UTF-8 can hold one, but JSON's escapes can."""
+    bodies: list[Any] = []
+
+    def answer(body: dict[str, Any]) -> Answer:
+        bodies.append(body)
+        return 200, said("a\ud800b"), {}
+
+    odd = replace(asked(), messages=[Message(role="user", content="x\udfffy")])
+    [done] = ask(answer, odd)
+    assert bodies[0]["messages"][0]["content"] == "x\udfffy"
+    assert done.text == "a\ud800b"
+
+
 def asked(number: int = 0, **sampling: Any) -> Request:
     return Request([], number, Sampling(**sampling), (), (f"p{number}", 0, 0), OPENING)
 
