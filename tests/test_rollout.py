@@ -13,7 +13,7 @@ from pipeline.engines.base import Sampling
 from pipeline.engines.hf import HfEngine
 from pipeline.engines.rounds import Rounds
 from pipeline.environments.fixed_user import FixedUser
-from pipeline.environments.simulated_user import SimulatedUser, User, instructions, question_of
+from pipeline.environments.simulated_user import SimulatedUser, User
 from pipeline.plans import Plan, plan_for
 from pipeline.prompts import guessing_games
 from pipeline.records import Prompt, Rollout
@@ -199,20 +199,6 @@ def test_fixed_user_replays_the_dataset():
     assert (rollout.end_reason, rollout.score_turn) == ("user_turns_done", 2)
 
 
-@pytest.mark.parametrize(
-    ("text", "question"),
-    [
-        ("Justification: x\nQuestion: why?", "why?"),
-        ("Question: a\nQuestion:  b \n", "b"),
-        ("I would ask why.", None),
-        ("Question:   ", None),
-        ("", None),
-    ],
-)
-def test_only_what_follows_the_last_marker_is_a_question(text, question):
-    assert question_of(text) == question
-
-
 def simulated(user: Said) -> SimulatedUser:
     return SimulatedUser(User(user, Chat(TOKENIZER, DATE), Sampling(0.8, 64)))
 
@@ -241,20 +227,3 @@ def test_a_user_that_asks_nothing_is_asked_thrice_with_other_seeds():
     assert len({request.seed for request in user.requests}) == len(user.requests) == 3
     assert rollout.info["user_retries"] == {"1": 3}
     assert [m["role"] for m in rollout.messages] == ["user", "assistant"]
-
-
-def test_a_user_context_that_is_full_ends_the_dialogue():
-    user = Said(TOKENIZER, "Question: x")
-    user.max_context = 20
-    (rollout,) = play(
-        [GAME], [Plan(1, None, 1)], Said(TOKENIZER, "1"), environment=simulated(user)
-    ).values()
-    assert rollout.end_reason == "user_context_full"
-    assert user.requests == []
-
-
-def test_the_user_model_does_not_see_the_policys_system_prompt():
-    told = instructions(
-        [{"role": "system", "content": "SECRET"}, {"role": "user", "content": "hi {x}"}]
-    )
-    assert "SECRET" not in told["content"] and "hi {x}" in told["content"]
