@@ -68,7 +68,7 @@ def make_world(work: Path, count: int) -> World:
     print(f"{work.name}: {write_prompts(prompts, count)}")
     texts = texts_of(prompts)
     tokenizer = wired_tokenizer(texts, CONTEXT)
-    said = tokenizer("\n".join(texts), add_special_tokens=False).input_ids
+    said = [i for text in texts for i in tokenizer(text, add_special_tokens=False).input_ids]
     # What is said is text: of ids drawn one by one, words would come out that nobody writes, which
     # take a tokenizer three times as long.
     copies = -(-4 * MAX_TOKENS[0] // len(said))
