@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ def party_of(config: Any, name: str, rounds: Rounds, log_dir: Path) -> Party:
         attempts=1 + config.retries,
         restarts=config.server_restarts,
         api_key_env=common("api_key_env"),
+        tell=_tell,
     )
     sampling = Sampling(
         temperature=config.temperature if heat is None else heat,
@@ -78,6 +80,11 @@ def party_of(config: Any, name: str, rounds: Rounds, log_dir: Path) -> Party:
     return Party(
         name, own("model"), engine or config.engine, sampling, options, system_prompt, kwargs
     )
+
+
+def _tell(line: str) -> None:
+    """Show what happens to a server where the live line is shown, and error messages are."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
