@@ -39,25 +39,41 @@ def party_of(config: Any, name: str, rounds: Rounds, log_dir: Path) -> Party:
 
     What a flag without a prefix says of the policy, one with `user_` says of the user model.
     """
-    is_user = name == "user"
 
     def own(field: str) -> Any:
-        return getattr(config, f"user_{field}" if is_user else field)
+        return getattr(config, f"user_{field}" if name == "user" else field)
 
-    def common(field: str) -> Any:
-        return getattr(config, f"{name}_{field}")
+    heat = own("temperature")
+    return Party(
+        name=name,
+        model=own("model"),
+        engine=own("engine") or config.engine,
+        sampling=Sampling(
+            temperature=config.temperature if heat is None else heat,
+            max_tokens=own("maxlen") or config.maxlen,
+            top_p=own("top_p"),
+            top_k=own("top_k"),
+            stop=own("stop"),
+        ),
+        options=_options(config, name, rounds, log_dir),
+        system_prompt=own("system_prompt"),
+        template_kwargs=json.loads(own("template_kwargs") or "{}"),
+    )
 
-    heat, longest, engine = own("temperature"), own("maxlen"), own("engine")
-    options = EngineOptions(
+
+def _options(config: Any, name: str, rounds: Rounds, log_dir: Path) -> EngineOptions:
+    """Gather what an engine needs to start; `policy_` and `user_` flags go by the party's name."""
+    is_user = name == "user"
+    return EngineOptions(
         rounds=rounds,
         dtype=config.dtype,
         device=config.device,
         max_batch_tokens=config.max_batch_tokens,
         max_batch_rows=config.max_batch_rows,
-        urls=common("url"),
-        gpus=common("gpus"),
-        tensor_parallel=own("world_size") or config.world_size,
-        max_model_len=own("max_model_len"),
+        urls=getattr(config, f"{name}_url"),
+        gpus=getattr(config, f"{name}_gpus"),
+        tensor_parallel=(is_user and config.user_world_size) or config.world_size,
+        max_model_len=config.user_max_model_len if is_user else config.max_model_len,
         log_dir=log_dir,
         script=config.script,
         trust_remote_code=config.trust_remote_code,
@@ -65,20 +81,8 @@ def party_of(config: Any, name: str, rounds: Rounds, log_dir: Path) -> Party:
         timeout_s=config.request_timeout,
         attempts=1 + config.retries,
         restarts=config.server_restarts,
-        api_key_env=common("api_key_env"),
+        api_key_env=getattr(config, f"{name}_api_key_env"),
         tell=_tell,
-    )
-    sampling = Sampling(
-        temperature=config.temperature if heat is None else heat,
-        max_tokens=longest or config.maxlen,
-        top_p=own("top_p"),
-        top_k=own("top_k"),
-        stop=own("stop"),
-    )
-    kwargs = json.loads(own("template_kwargs") or "{}")
-    system_prompt = own("system_prompt")
-    return Party(
-        name, own("model"), engine or config.engine, sampling, options, system_prompt, kwargs
     )
 
 
