@@ -56,7 +56,7 @@ def describe_machine() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     )
-    names = ("torch", "transformers", "httpx", "numpy")
+    names = ("torch", "transformers", "aiohttp", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     cores = len(os.sched_getaffinity(0))
     return f"{cores} cores of {cpu}; Python {platform.python_version()}, {versions}"

@@ -149,9 +149,22 @@ def test_too_many_failures_stop_the_run_and_keep_what_is_finished(tmp_path):
     statuses = Counter(row["status"] for row in records(tmp_path).values())
     # Those that failed in the same instant are recorded as well.
     assert 7 <= statuses["failed"] <= 10 and statuses["complete"] > 0
-    with pytest.raises(EngineError, match="of 60 rollouts failed"):
-        generation(tmp_path, 30, share=0.1).refuse_failures()
-    generation(tmp_path, 30, share=0.2).refuse_failures()
+
+
+def test_what_failed_in_an_earlier_run_does_not_count_against_the_next(tmp_path):
+    """Seven failed before; in the next run six may, and the seventh stops it again."""
+    with pytest.raises(EngineError, match="7 of 60 rollouts failed"):
+        run(generation(tmp_path, 30, share=0.1), Moody(lambda r: r.key[1] == 1), concurrency=1)
+    failed = [key for key, row in records(tmp_path).items() if row["status"] == "failed"]
+    assert len(failed) == 7
+    again = generation(tmp_path, 30, share=0.1)
+    assert again.progress.failed == 0
+    run(again, Moody(lambda request: request.key[:2] in failed[:6]))
+    again.refuse_failures()
+    assert again.progress.failed == again.summary.counts["status_failed"] == 6
+    with pytest.raises(EngineError, match="6 of 60 rollouts failed"):
+        again.max_failed_share = 0.09
+        again.refuse_failures()
 
 
 def test_failures_within_the_share_are_rows_of_the_repo(tmp_path):
