@@ -152,8 +152,11 @@ async def shown(line: Callable[[], str], sync: Callable[[], None]) -> AsyncItera
     finally:
         for task in (ticking, syncing):
             task.cancel()
-        await asyncio.gather(ticking, syncing, return_exceptions=True)
+        ended = await asyncio.gather(ticking, syncing, return_exceptions=True)
         print(line(), file=sys.stderr, flush=True)
+        for error in ended:  # a disk that can't be written to, not the cancelling above
+            if isinstance(error, Exception):
+                raise error
 
 
 async def _live(line: Callable[[], str]) -> None:

@@ -71,6 +71,20 @@ def test_in_a_log_the_line_comes_at_the_end_and_finished_rows_are_forced_to_disk
     assert len(synced) > 2
 
 
+def test_a_disk_that_fails_is_no_secret(monkeypatch):
+    monkeypatch.setattr("pipeline.meter._SYNC_S", 0.01)
+
+    def sync():
+        raise OSError("no space left")
+
+    async def block():
+        async with shown(lambda: "the line", sync):
+            await asyncio.sleep(0.1)
+
+    with pytest.raises(OSError, match="no space left"):
+        asyncio.run(block())
+
+
 def test_work_is_added_up_by_hand():
     """h=1, L=2: trunk of 1 turn, 2 x 2 turns; replies: 1 before the fork, 1 in each branch."""
     plans = [Plan(2, 1, 2), Plan(3, None, 1)]
