@@ -101,3 +101,17 @@ def test_the_memory_of_prompts_is_bounded_and_forgets_the_oldest() -> None:
     for prompt in ("a", "b", "c", "a", "d"):
         router.finished(router.pick(prompt, 0.0))
     assert list(router._homes) == ["c", "a", "d"]
+
+
+def test_a_request_does_not_return_to_the_server_that_just_failed_it_while_another_is_up() -> None:
+    """Also when that one has rested and has least to do; with one server there is no choice."""
+    router = Router(2, rest_s=1.0)
+    busy = [router.pick(f"other {n}", 0.0) for n in range(4)]
+    failing = router.pick("p", 0.0)
+    router.finished(failing)
+    for n in busy:
+        if n == failing:
+            router.finished(n)
+    router.failed(failing, 0.0)
+    assert router.pick("p", 99.0, avoid=failing) == 1 - failing
+    assert Router(1).pick("p", 0.0, avoid=0) == 0

@@ -43,9 +43,12 @@ class Router:
         self._longest_rest_s = longest_rest_s
         self._remembered = remembered
 
-    def pick(self, prompt_id: str, now: float) -> int:
-        """Return the server for a prompt's next request, and count it there until `finished`."""
-        chosen = self._choose(prompt_id, now)
+    def pick(self, prompt_id: str, now: float, avoid: int | None = None) -> int:
+        """Return the server for a prompt's next request, and count it there until `finished`.
+
+        `avoid`: the server that has just failed the request; taken only where no other is up.
+        """
+        chosen = self._choose(prompt_id, now, avoid)
         self._homes[prompt_id] = chosen
         self._homes.move_to_end(prompt_id)
         if len(self._homes) > self._remembered:
@@ -83,8 +86,9 @@ class Router:
         """Whether a server other than `n` takes requests now."""
         return any(m != n for m in self._up(now))
 
-    def _choose(self, prompt_id: str, now: float) -> int:
+    def _choose(self, prompt_id: str, now: float, avoid: int | None) -> int:
         up = self._up(now)
+        up = [n for n in up if n != avoid] or up
         if not up:
             return min(range(len(self._servers)), key=lambda n: self._servers[n].rests_until)
         least = min(up, key=lambda n: self._servers[n].load)

@@ -110,8 +110,10 @@ class Line:
         count for each life of a server: waiting for a restart costs none.
         """
         failed, last = 0, None
+        tried: int | None = None
         while True:
-            n = self._router.pick(request.key[0], time.monotonic())
+            n = self._router.pick(request.key[0], time.monotonic(), avoid=tried)
+            tried = n
             try:
                 served = await self.keeper.ready() if self.keeper else self.servers[n]
                 failed, last = (0 if self.keeper and served is not last else failed), served
