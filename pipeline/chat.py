@@ -32,6 +32,8 @@ from pipeline.shield import Shield
 from pipeline.thoughts import END_THINK, THINK, THINK_TAGS, parted
 
 SPAN_UNPROVEN = "span_unproven"
+Encoded = tuple[list[int], list[tuple[int, int]]]
+"""The ids of a dialogue, and the (start, end) of each assistant turn in them."""
 OURS = (
     *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message"),
     *("strftime_now", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
@@ -131,9 +133,7 @@ class Chat:
             return Message(role="assistant", content=text)
         return Message(role="assistant", content=answer, reasoning_content=thought)
 
-    def encode_dialogue(
-        self, messages: Messages, tools: str | None = None
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_dialogue(self, messages: Messages, tools: str | None = None) -> Encoded:
         """Return the ids of a whole dialogue and the (start, end) of each assistant turn in them.
 
         One pass with offsets; a span holds the turn's end-of-turn token. Raises RowError where
@@ -151,6 +151,18 @@ class Chat:
                 edges = len(cover.spell(page[:start])), len(cover.spell(page[:end]))
                 spans.append(_token_span(encoding.offsets, *edges))
         return encoding.ids, spans
+
+    def encode_dialogues(
+        self, dialogues: Sequence[tuple[Messages, str | None]]
+    ) -> list[Encoded | RowError]:
+        """Encode many (messages, tools); an entry is what `encode_dialogue` returns, or raises."""
+        return [self._encoded(messages, tools) for messages, tools in dialogues]
+
+    def _encoded(self, messages: Messages, tools: str | None) -> Encoded | RowError:
+        try:
+            return self.encode_dialogue(messages, tools)
+        except RowError as error:
+            return error
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list | None, generation_prompt: bool = True

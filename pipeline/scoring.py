@@ -6,8 +6,9 @@ whole or not at all: whoever scores it, and however often the stage was killed b
 and so its scores are the same.
 """
 
-import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,28 +16,26 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.journal import read_journal
-from pipeline.records import NO_SCORE, ROLLOUTS, Message, RewardPart, Rollout
-from pipeline.repos import Repo, read_rollouts
+from pipeline.records import NO_SCORE, RewardPart, Rollout
 from pipeline.rewards.base import RewardModel, Scored, policy_messages
-from pipeline.rows import clean_message, message_row
 
 WINDOW_ROWS = 512
 CHUNK_ROWS = 32
-
-SEED_COLUMNS = ("trajectory", "trajectory_sampled_h_from_sampled_len")
-"""Where REFUEL's generate puts a prompt's two rollouts; the second forks at `BRANCH_COLUMN`."""
-_BRANCH_COLUMN = "sampled_h_from_sampled_len"
-_SCORE_COLUMN = "sampled_len_from_"
-_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Some rows of one window. `number` counts the chunks of a split; `rows` are indices in it."""
 
+    split: str
     number: int
     rows: list[int]
     rollouts: list[Rollout]
+
+    @property
+    def key(self) -> str:
+        """Return what the journal calls this chunk."""
+        return f"{self.split}/{self.number}"
 
 
 def count_chunks(rows: int) -> int:
@@ -45,7 +44,7 @@ def count_chunks(rows: int) -> int:
     return windows * -(-WINDOW_ROWS // CHUNK_ROWS) + -(-rest // CHUNK_ROWS)
 
 
-def windows(rollouts: Iterable[Rollout]) -> Iterator[list[Chunk]]:
+def windows(rollouts: Iterable[Rollout], split: str) -> Iterator[list[Chunk]]:
     """Cut a stream of rollouts into windows, each a list of chunks; memory stays bounded."""
     stream = enumerate(rollouts)
     number = 0
@@ -57,7 +56,8 @@ def windows(rollouts: Iterable[Rollout]) -> Iterator[list[Chunk]]:
         chunks = []
         for start in range(0, len(window), CHUNK_ROWS):
             part = window[start : start + CHUNK_ROWS]
-            chunks.append(Chunk(number, [row for row, _ in part], [item for _, item in part]))
+            rows = [row for row, _ in part]
+            chunks.append(Chunk(split, number, rows, [item for _, item in part]))
             number += 1
         yield chunks
 
@@ -80,6 +80,32 @@ def asked_turns(rollout: Rollout, which: str, num_turns: int = 0) -> list[int]:
         return [rollout.score_turn]
     turns = len(policy_messages(rollout)) or 1
     return list(range(min(turns, num_turns or turns)))
+
+
+def score_chunks(
+    model: RewardModel, chunks: Iterable[Chunk], which: str, num_turns: int = 0
+) -> Iterator[tuple[Chunk, list[dict[str, Any]]]]:
+    """Score chunks, `model.parallel` of them at once; yield each with its records, in their order.
+
+    So a model's next dialogues are encoded while it reads, and a server is never without work.
+    """
+    if model.parallel == 1:
+        for chunk in chunks:
+            yield chunk, score_chunk(model, chunk, which, num_turns)
+        return
+    pool = ThreadPoolExecutor(model.parallel, thread_name_prefix="score")
+    under_way: deque[tuple[Chunk, Future[list[dict[str, Any]]]]] = deque()
+    try:
+        for chunk in chunks:
+            under_way.append((chunk, pool.submit(score_chunk, model, chunk, which, num_turns)))
+            if len(under_way) > model.parallel:
+                first, scores = under_way.popleft()
+                yield first, scores.result()
+        while under_way:
+            first, scores = under_way.popleft()
+            yield first, scores.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def score_chunk(
@@ -129,10 +155,10 @@ def ranked_windows(
     rollouts: Iterable[Rollout], split: str, records: Records, reward_model: str
 ) -> Iterator[list[Rollout]]:
     """Give rollouts their rewards; yield them window by window, in the input's order."""
-    for window in windows(rollouts):
+    for window in windows(rollouts, split):
         rows: dict[int, Rollout] = {}
         for chunk in window:
-            scores = records.take(f"{split}/{chunk.number}")
+            scores = records.take(chunk.key)
             for row, rollout, record in zip(chunk.rows, chunk.rollouts, scores, strict=True):
                 rows[row] = ranked(rollout, record, reward_model)
         yield [rows[row] for row in sorted(rows)]
@@ -145,93 +171,3 @@ def ranked(rollout: Rollout, record: Mapping[str, Any], reward_model: str) -> Ro
     rollout.reward_parts = [RewardPart(*part) for part in record["parts"]]
     rollout.reward_model = reward_model
     return rollout
-
-
-def rollouts_of(repo: Repo, split: str, columns: Sequence[str] = SEED_COLUMNS) -> Iterator[Rollout]:
-    """Stream a repo's rollouts: of generate, of any dataset with `messages`, or of REFUEL's script.
-
-    Where no engine of ours played them, the policy turns are the assistant messages, the last of
-    which is the score turn unless a column says otherwise; other plain columns go into `info`.
-    """
-    present = set(repo.columns(split))
-    if present.issuperset(ROLLOUTS.names):
-        return read_rollouts(repo, split)
-    if "messages" in present:
-        return _from_messages(repo, split)
-    if present.issuperset(columns):
-        return _from_columns(repo, split, columns)
-    raise DataError(
-        f"{repo.name} has neither the columns of a rollouts repo (stages/generate.py writes it) nor"
-        f" `messages` nor {', '.join(columns)}; it has: {', '.join(sorted(present))}. Name the"
-        " columns that hold dialogues with --columns"
-    )
-
-
-def rollouts_per_row(repo: Repo, split: str, columns: Sequence[str] = SEED_COLUMNS) -> int:
-    """Return how many rollouts a row of the repo holds."""
-    return 1 if "messages" in repo.columns(split) else len(columns)
-
-
-def _from_messages(repo: Repo, split: str) -> Iterator[Rollout]:
-    for number, row in enumerate(_rows(repo, split)):
-        yield _foreign(row, number, row["messages"], sample=row.get("sample") or 0)
-
-
-def _from_columns(repo: Repo, split: str, columns: Sequence[str]) -> Iterator[Rollout]:
-    for number, row in enumerate(_rows(repo, split)):
-        score_turn = next((row[name] for name in row if name.startswith(_SCORE_COLUMN)), None)
-        fork = {"branch_turn": row.get(_BRANCH_COLUMN), "score_turn": score_turn}
-        for sample, column in enumerate(columns):
-            yield _foreign(row | fork, number, row[column], sample)
-
-
-def _rows(repo: Repo, split: str) -> Iterator[dict[str, Any]]:
-    for batch in repo.batches(split, batch_rows=64):
-        yield from batch.to_pylist()
-
-
-def _foreign(row: Mapping[str, Any], number: int, said: Any, sample: int) -> Rollout:
-    messages = _messages(said)
-    last = sum(message.get("role") == "assistant" for message in messages) - 1
-    score_turn = row.get("score_turn")
-    return Rollout(
-        prompt_id=str(row.get("prompt_id") or f"row-{number:08d}"),
-        sample=sample,
-        messages=messages,
-        turns=None,
-        branch_turn=row.get("branch_turn"),
-        score_turn=max(last, 0) if score_turn is None else score_turn,
-        status="complete",
-        end_reason="",
-        tools=row.get("tools") if isinstance(row.get("tools"), str) else None,
-        info=_info(row),
-    )
-
-
-def _messages(said: Any) -> list[Message]:
-    """Read messages under the common names of their fields; what is none of them gives no dialogue.
-
-    Such a row keeps its place, and gets the reason `not_a_dialogue`.
-    """
-    if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
-        return []
-    messages = []
-    for item in said:
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str | None):
-            return []
-        renamed = {"role": _ROLES.get(role, role), "content": content}
-        messages.append(clean_message(message_row({**item, **renamed})))  # type: ignore[typeddict-item]
-    return messages
-
-
-def _info(row: Mapping[str, Any]) -> dict[str, Any]:
-    given = row.get("info")
-    if isinstance(given, str) and given.startswith("{"):
-        return dict(json.loads(given))
-    known = {*ROLLOUTS.names, *SEED_COLUMNS}
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in known and isinstance(value, str | int | float | bool)
-    }

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import store
@@ -17,10 +18,11 @@ from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from tqdm import tqdm
 
     from pipeline.rewards.base import RewardModel
     from pipeline.rewards.summary import Summary
-    from pipeline.scoring import Records
+    from pipeline.scoring import Chunk, Records
 
 
 @dataclass(frozen=True)
@@ -106,27 +108,41 @@ def _score(config: Config, output: store.Run, prompts: store.Repo, fingerprint: 
     """Score every chunk that is this process's and that no journal has."""
     from tqdm import tqdm
 
-    from pipeline.scoring import rollouts_of, score_chunk, windows
+    from pipeline.scoring import score_chunks
 
-    done = {record["chunk"] for record in output.journals()}
-    model: RewardModel | None = None
     rows = -(-_rows(config, prompts) // _world())
     with (
         closing(output.journal(f"journal-{_rank():05d}")) as journal,
         tqdm(total=rows, unit="rollout", disable=_rank() > 0) as bar,
     ):
-        for split in prompts.splits():
-            for window in windows(rollouts_of(prompts, split, config.columns)):
-                for chunk in window:
-                    if chunk.number % _world() != _rank():
-                        continue
-                    key = f"{split}/{chunk.number}"
-                    if key not in done:
-                        model = model or _load(config, output, fingerprint)
-                        scores = score_chunk(model, chunk, config.turns, config.num_turns)
-                        journal.append({"chunk": key, "rows": chunk.rows, "scores": scores})
-                        journal.sync()
+        chunks = _chunks(config, output, prompts, bar)
+        if (first := next(chunks, None)) is None:
+            return
+        model = _load(config, output, fingerprint)
+        chunks = chain([first], chunks)
+        for chunk, scores in score_chunks(model, chunks, config.turns, config.num_turns):
+            journal.append({"chunk": chunk.key, "rows": chunk.rows, "scores": scores})
+            journal.sync()
+            bar.update(len(chunk.rows))
+
+
+def _chunks(
+    config: Config, output: store.Run, prompts: store.Repo, bar: "tqdm"
+) -> Iterator["Chunk"]:
+    """Yield this process's chunks that are still to be scored; count the others as done."""
+    from pipeline.rankable import rollouts_of
+    from pipeline.scoring import windows
+
+    done = {record["chunk"] for record in output.journals()}
+    for split in prompts.splits():
+        for window in windows(rollouts_of(prompts, split, config.columns), split):
+            for chunk in window:
+                if chunk.number % _world() != _rank():
+                    continue
+                if chunk.key in done:
                     bar.update(len(chunk.rows))
+                else:
+                    yield chunk
 
 
 def _load(config: Config, output: store.Run, fingerprint: str) -> "RewardModel":
@@ -145,7 +161,7 @@ def _load(config: Config, output: store.Run, fingerprint: str) -> "RewardModel":
 
 
 def _rows(config: Config, prompts: store.Repo) -> int:
-    from pipeline.scoring import rollouts_per_row
+    from pipeline.rankable import rollouts_per_row
 
     return sum(
         prompts.num_rows(split) * rollouts_per_row(prompts, split, config.columns)
@@ -154,7 +170,8 @@ def _rows(config: Config, prompts: store.Repo) -> int:
 
 
 def _total(config: Config, prompts: store.Repo) -> int:
-    from pipeline.scoring import count_chunks, rollouts_per_row
+    from pipeline.rankable import rollouts_per_row
+    from pipeline.scoring import count_chunks
 
     return sum(
         count_chunks(prompts.num_rows(split) * rollouts_per_row(prompts, split, config.columns))
@@ -210,9 +227,10 @@ def _batches(
 ) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
 
+    from pipeline.rankable import rollouts_of
     from pipeline.records import RANKED
     from pipeline.rows import rollout_row
-    from pipeline.scoring import ranked_windows, rollouts_of
+    from pipeline.scoring import ranked_windows
 
     rollouts = rollouts_of(prompts, split, config.columns)
     for window in ranked_windows(rollouts, split, records, reward_model):

@@ -315,7 +315,7 @@ def test_config_names_every_problem_at_once() -> None:
 
 def test_windows_keep_prompts_together_and_cover_every_row() -> None:
     rollouts = games((WINDOW_ROWS + 40) // 2)
-    chunks = [chunk for window in windows(iter(rollouts)) for chunk in window]
+    chunks = [chunk for window in windows(iter(rollouts), "train") for chunk in window]
     assert sorted(row for chunk in chunks for row in chunk.rows) == list(range(len(rollouts)))
     assert [chunk.number for chunk in chunks] == list(range(count_chunks(len(rollouts))))
     assert all(len(chunk.rows) <= CHUNK_ROWS for chunk in chunks)

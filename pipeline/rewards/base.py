@@ -37,12 +37,14 @@ class RewardModel(Protocol):
     """Whatever scores policy turns.
 
     `name` + `fingerprint` say what gave a score; `reads_reply`: turn t's score needs the reply
-    that follows it, and then the rollout plays it.
+    that follows it, and then the rollout plays it. `parallel`: how many calls of `score` may run at
+    once, each in a thread of its own.
     """
 
     name: str
     fingerprint: str
     reads_reply: bool
+    parallel: int
 
     def score(self, rollouts: Sequence[Rollout], turns: Sequence[Sequence[int]]) -> list[Scored]:
         """Score the asked policy turns (0-based) of each rollout, in the rollouts' order.

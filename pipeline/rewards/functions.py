@@ -21,6 +21,7 @@ class FunctionReward:
     """Scores each asked prefix with one call of a function."""
 
     reads_reply = False
+    parallel = 1  # a user's function need not bear threads
 
     def __init__(self, name: str, fingerprint: str, function: Function) -> None:
         self.name = name

@@ -7,6 +7,7 @@ Positions are counted, never found by looking for the pad id; padding is on the 
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,6 +63,7 @@ class OnePass:
     """
 
     reads_reply = False
+    parallel = 2  # one chunk is encoded while the device reads another
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class OnePass:
         self._backbone = backbone
         self._head = head
         self._settings = settings
+        self._device = threading.Lock()
 
     def score(self, rollouts: Sequence[Rollout], turns: Sequence[Sequence[int]]) -> list[Scored]:
         """Score the asked turns: encode, sort by length, pack to the token budget, read."""
@@ -91,8 +94,9 @@ class OnePass:
                 scored.parts = self._blank_parts(len(scored.rewards))
             results.append(scored)
             readings += self._readings(row, rollout, scorable, scored)
-        for batch in batches(readings, self._settings.max_tokens_per_batch):
-            self._score_batch(batch, rollouts, results)
+        with self._device:
+            for batch in batches(readings, self._settings.max_tokens_per_batch):
+                self._score_batch(batch, rollouts, results)
         return results
 
     def probe(self, tolerance: float) -> None:
