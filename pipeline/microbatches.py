@@ -60,8 +60,7 @@ def collate(
     roles: dict[str, list[int]] = {}
     for at, role in enumerate(role for example in examples for role in example.strands):
         roles.setdefault(role, []).append(at)
-    plain = layout not in FLAT and all(len(row.branches) == 1 for row in rows)
-    step = FLEX_STEP if layout == "flex" else 1
+    ids_BT, positions_BT, branches = row_tensors(rows, layout, device)
 
     def on_device(values: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values).to(device)
@@ -71,13 +70,12 @@ def collate(
 
     sources, targets, copies = predictions(rows)
     return MicroBatch(
-        # The pad id is any id of the vocabulary: no place that is read attends to it.
-        ids_BT=on_device(padded([row.ids for row in rows], step)),
+        ids_BT=ids_BT,
         sources_U=on_device(sources),
         targets_U=on_device(targets),
         copies_N=on_device(copies),
-        positions_BT=None if plain else on_device(padded([row.positions for row in rows], step)),
-        branches=None if plain else [row.branches for row in rows],
+        positions_BT=positions_BT,
+        branches=branches,
         owners_N=on_device(np.concatenate([row.owners for row in rows])),
         rewards_M=torch.tensor([s.reward for s in strands], dtype=torch.float64, device=device),
         numbers_N={name: joined(name) for name in strands[0].numbers},
@@ -86,6 +84,19 @@ def collate(
         tokens=sum(len(row.ids) for row in rows),
         counted=counted,
     )
+
+
+def row_tensors(
+    rows: Sequence[Row], layout: Layout, device: torch.device
+) -> tuple[Tensor, Tensor | None, list[tuple[Branch, ...]] | None]:
+    """Return (ids_BT, positions_BT, branches) of rows; the latter are None where rows are plain."""
+    step = FLEX_STEP if layout == "flex" else 1
+    # The pad id is any id of the vocabulary: no place that is read attends to it.
+    ids_BT = torch.from_numpy(padded([row.ids for row in rows], step)).to(device)
+    if layout not in FLAT and all(len(row.branches) == 1 for row in rows):
+        return ids_BT, None, None
+    positions_BT = torch.from_numpy(padded([row.positions for row in rows], step)).to(device)
+    return ids_BT, positions_BT, [row.branches for row in rows]
 
 
 def laid_out(examples: Sequence[Example], layout: Layout) -> list[Row]:

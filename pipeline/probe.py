@@ -40,11 +40,8 @@ def choose_layout(accelerator: Any, policy: Any, wanted: Sequence[Layout]) -> La
 def _why_not(accelerator: Any, policy: Any, layout: Layout, loaded: str) -> str | None:
     model = accelerator.unwrap_model(policy).model
     config = model.config.get_text_config()
-    # A short probe would never leave the window.
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "the model's attention has a sliding window"
-    if loaded not in ("sdpa", "eager"):
-        return f"{loaded} takes no mask of branches"
+    if reason := unpackable(config, loaded):
+        return reason
     apart = probed(accelerator, policy, "apart")
     try:
         if layout in IMPLEMENTATION:
@@ -56,6 +53,16 @@ def _why_not(accelerator: Any, policy: Any, layout: Layout, loaded: str) -> str 
     low = accelerator.mixed_precision != "no" or config.dtype not in (None, torch.float32)
     if not gap <= TOLERANCE["low" if low else "fp32"]:
         return f"log-probs differ by {gap:.3g} from those of separate rows"
+    return None
+
+
+def unpackable(config: Any, attention: str) -> str | None:
+    """Say why rows of branches aren't for a model: its text config, its attention; or None."""
+    # A short probe would never leave the window.
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "the model's attention has a sliding window"
+    if attention not in ("sdpa", "eager"):
+        return f"{attention} takes no mask of branches"
     return None
 
 

@@ -56,6 +56,10 @@ class Config:
     and the scores are float32 always."""
     device: str = execution("auto")
     """Where the model runs: auto (this process's GPU, or the CPU), cpu, cuda or cuda:N."""
+    packing: Literal["auto", "chains", "flex", "none"] = execution("auto")
+    """How rollouts that begin alike share what they have in common: auto is chains (attention
+    branch by branch), flex is FlexAttention, none pads rows. What isn't exact on this model is not
+    used, and said."""
     max_tokens_per_batch: int = execution(16384)
     """Most ids of one forward pass, padding included; when memory runs out it is halved."""
 
@@ -153,6 +157,7 @@ def _load(config: Config, output: store.Run, fingerprint: str) -> "RewardModel":
         dtype=config.dtype,
         device=config.device,
         max_tokens_per_batch=config.max_tokens_per_batch,
+        packing=config.packing,
         keep_objectives=config.keep_objectives,
         bos=config.bos,
         date=output.date,

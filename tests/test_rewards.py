@@ -1,7 +1,7 @@
 """The seam, sequence classifiers, and the machinery that both neural rewards share."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.chat import Chat
 from pipeline.errors import DataError, EngineError
+from pipeline.microbatches import padded
+from pipeline.packing import Layout, Row
 from pipeline.records import Message, Rollout
 from pipeline.rewards import Settings, load_reward, reward_fingerprint
 from pipeline.rewards.armorm import GatingHead
 from pipeline.rewards.base import blank
 from pipeline.rewards.classifier import LinearHead
 from pipeline.rewards.encoding import Encoder
-from pipeline.rewards.onepass import OnePass, Reading, batches
+from pipeline.rewards.onepass import OnePass
+from pipeline.rewards.trees import Reading, batches, trees
 from reward_models import (
     one_thread,  # noqa: F401
     tokenizer_like_llama3,
@@ -141,24 +144,33 @@ class Fake:
 
     def __init__(self, sees: Sees, template: str = "") -> None:
         self.sizes: list[tuple[int, ...]] = []
+        self.sees = sees
         tokenizer = tokenizer_like_llama3()
         tokenizer.chat_template = template or tokenizer.chat_template
         layer = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(layer.weight, 1e-3)
 
-        def backbone(ids_NT: Tensor, mask_NT: Tensor | None) -> Tensor:
-            self.sizes.append(tuple(ids_NT.shape))
-            mask_NT = torch.ones_like(ids_NT) if mask_NT is None else mask_NT
-            return sees(ids_NT.float(), mask_NT)[..., None]
-
         self.scorer = OnePass(
             "fake",
             "0",
             Encoder(Chat(tokenizer, "2024-07-26"), tokenizer.bos_token_id, "template"),
-            backbone,
+            self,
             LinearHead(layer),
-            Settings(),
+            Settings(packing="none"),
         )
+
+    def refuses(self, layout: Layout) -> str | None:
+        return None
+
+    def read(self, rows: Sequence[Row], layout: Layout, masked: bool) -> Tensor:
+        ids_NT = torch.from_numpy(padded([row.ids for row in rows])).float()
+        self.sizes.append(tuple(ids_NT.shape))
+        mask_NT = torch.ones_like(ids_NT)
+        if masked:
+            for mask_T, row in zip(mask_NT, rows, strict=True):
+                mask_T[len(row.ids) :] = 0
+        hidden_NT = self.sees(ids_NT, mask_NT)
+        return torch.cat([hidden_NT[n, row.sources] for n, row in enumerate(rows)])[:, None]
 
 
 def causal(ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -173,10 +185,10 @@ def test_probe_finds_a_backbone_that_looks_ahead(capsys: pytest.CaptureFixture[s
     fake = Fake(looks_ahead)
     fake.scorer.probe(1e-4)
     assert fake.scorer.separate
-    assert "its scores in one pass differ" in capsys.readouterr().err
+    assert "its scores in one pass (apart) differ" in capsys.readouterr().err
     good = Fake(causal)
     good.scorer.probe(1e-4)
-    assert not good.scorer.separate and good.scorer.note is None
+    assert not good.scorer.separate and good.scorer.notes == []
     rollout = dialogue(3)
     assert (
         fake.scorer.score([rollout], [range(3)])[0].rewards
@@ -228,16 +240,18 @@ def test_a_turn_that_cannot_be_rendered_costs_the_others_nothing() -> None:
 
 
 def test_batches_fill_a_budget_longest_first() -> None:
-    readings = [Reading(row, [0] * length, {}) for row, length in enumerate([3, 9, 5, 4, 5])]
-    packed = [[len(r.ids) for r in batch] for batch in batches(readings, 10)]
-    assert packed == [[9], [5, 5], [4, 3]]
-    assert [[len(r.ids) for r in batch] for batch in batches(readings, 1)] == [
-        [9],
-        [5],
-        [5],
-        [4],
-        [3],
-    ]
+    lengths = [3, 9, 5, 4, 5]
+    readings = [Reading(i, str(i), [0] * n, {0: [n - 1]}) for i, n in enumerate(lengths)]
+
+    def packed(budget: int, layout: Layout) -> list[list[int]]:
+        planted = trees(readings, budget, layout)
+        return [[tree.size for tree in batch] for batch in batches(planted, budget, layout)]
+
+    assert packed(10, "apart") == [[9], [5, 5], [4, 3]]
+    # Without padding a batch takes what its ids take.
+    assert packed(14, "apart") == [[9], [5, 5], [4, 3]]
+    assert packed(14, "chains") == [[9, 5], [5, 4, 3]]
+    assert packed(1, "apart") == packed(1, "chains") == [[9], [5], [5], [4], [3]]
 
 
 def test_blank_gives_a_place_to_every_asked_turn() -> None:

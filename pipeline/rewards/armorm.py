@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from pipeline.errors import DataError
 from pipeline.rewards import checkpoints
+from pipeline.rewards.backbone import Backbone
 from pipeline.rewards.base import NO_ASSISTANT_HEADER, Settings
 from pipeline.rewards.onepass import OnePass
 
@@ -124,7 +125,7 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
         name,
         fingerprint,
         checkpoints.make_encoder(tokenizer, settings),
-        checkpoints.last_hidden(model, device),
+        Backbone(model, device),
         head.to(device),
         dataclasses.replace(settings, max_length=limit),
     )

@@ -58,8 +58,9 @@ class RewardModel(Protocol):
 class Settings:
     """How a reward model runs; rules and functions need none of it.
 
-    `max_length`: ids of the longest prefix that is scored. `max_tokens_per_batch`: padded ids of a
-    forward pass. `bos`: "template" scores what the chat template renders, "none" drops its BOS.
+    `max_length`: ids of the longest prefix that is scored. `max_tokens_per_batch`: ids of a forward
+    pass, padding included. `packing`: auto, chains, flex or none. `bos`: "template" scores what the
+    chat template renders, "none" drops its BOS.
     `date`: what templates see as today (YYYY-MM-DD).
     """
 
@@ -67,6 +68,7 @@ class Settings:
     dtype: str = "auto"
     device: str = "auto"
     max_tokens_per_batch: int = 16384
+    packing: str = "auto"
     keep_objectives: bool = False
     bos: str = "template"
     date: str = "2024-07-26"

@@ -1,7 +1,7 @@
 """Load reward models' checkpoints: safetensors only, no remote code, no tensor left to chance."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,6 @@ def context_limit(config: Any, settings: Settings) -> int:
     if rope.get("rope_type") == "longrope":
         limits.append(rope.get("original_max_position_embeddings"))
     return min(limit for limit in limits if limit)
-
-
-def last_hidden(model: Any, device: str) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return what runs a backbone: (ids_NT, mask_NT or None) -> hidden_NTD after the final norm."""
-
-    def backbone(ids_NT: Tensor, mask_NT: Tensor | None) -> Tensor:
-        mask = None if mask_NT is None else mask_NT.to(device)
-        output = model(input_ids=ids_NT.to(device), attention_mask=mask, use_cache=False)
-        return output.last_hidden_state
-
-    return backbone
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:

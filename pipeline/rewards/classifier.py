@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipeline.errors import DataError
 from pipeline.rewards import checkpoints
+from pipeline.rewards.backbone import Backbone
 from pipeline.rewards.base import Settings
 from pipeline.rewards.onepass import OnePass
 
@@ -53,7 +54,7 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
         name,
         fingerprint,
         checkpoints.make_encoder(tokenizer, settings),
-        checkpoints.last_hidden(model.base_model, device),
+        Backbone(model.base_model, device),
         LinearHead(model.score),
         dataclasses.replace(settings, max_length=limit),
     )

@@ -5,7 +5,7 @@ What the policy thought is not read: a reward is for what it said.
 
 from collections.abc import Sequence
 
-from pipeline.chat import Chat
+from pipeline.chat import Chat, Encoded
 from pipeline.errors import DataError, RowError
 from pipeline.records import Message, Rollout
 from pipeline.rewards.base import NOT_A_DIALOGUE, policy_messages
@@ -30,7 +30,7 @@ class Encoder:
         self._bos_id = bos_id
         self._drops_bos = bos == "none"
         self._tail: list[int] = []
-        encoded = self._page(_HELLO)
+        (encoded,) = self._pages([(_HELLO, None)])
         if isinstance(encoded, str):
             raise DataError(f"the reward model's chat template can't render a dialogue: {encoded}")
         ids, ends = encoded
@@ -45,11 +45,23 @@ class Encoder:
 
         Returns a reason instead where the dialogue can't be rendered or a turn can't be located.
         """
-        policy = policy_messages(rollout)
-        encoded = self._page(rollout.messages[: policy[turns[-1]] + 1], rollout.tools)
-        if isinstance(encoded, str):
-            return encoded
-        ids, ends = encoded
+        return self.encode_all([(rollout, turns)])[0]
+
+    def encode_all(
+        self, jobs: Sequence[tuple[Rollout, Sequence[int]]]
+    ) -> list[tuple[list[int], dict[int, int]] | str]:
+        """Encode many dialogues at once; each entry is what `encode` returns."""
+        pages = self._pages(
+            [(r.messages[: policy_messages(r)[turns[-1]] + 1], r.tools) for r, turns in jobs]
+        )
+        return [
+            page if isinstance(page, str) else self._located(*page, turns)
+            for page, (_, turns) in zip(pages, jobs, strict=True)
+        ]
+
+    def _located(
+        self, ids: list[int], ends: list[int], turns: Sequence[int]
+    ) -> tuple[list[int], dict[int, int]] | str:
         # Assistant messages of the prompt have spans too; the policy's are the last ones.
         first = len(ends) - 1 - turns[-1]
         lengths = {turn: ends[first + turn] + len(self._tail) for turn in turns[:-1]}
@@ -73,20 +85,32 @@ class Encoder:
                 return "its chat template writes earlier turns anew when a dialogue goes on"
         return None
 
-    def _page(
-        self, messages: Sequence[Message], tools: str | None = None
-    ) -> tuple[list[int], list[int]] | str:
-        """Return the ids of a page and the end of each assistant turn in them, or a reason."""
-        if all(message.get("role") == "assistant" for message in messages):
-            return NOT_A_DIALOGUE
-        try:
-            ids, spans = self._chat.encode_dialogue(heard(messages), tools)
-        except RowError as error:
-            return error.reason
+    def _pages(
+        self, dialogues: Sequence[tuple[Sequence[Message], str | None]]
+    ) -> list[tuple[list[int], list[int]] | str]:
+        """Return of each dialogue its ids and the end of each assistant turn in them, or a reason.
+
+        A dialogue in which nobody but the policy speaks is none.
+        """
+        spoken = [(heard(messages), tools) for messages, tools in dialogues]
+        encoded = self._chat.encode_dialogues(spoken)
+        return [
+            NOT_A_DIALOGUE if _soliloquy(messages) else self._page(one)
+            for (messages, _), one in zip(dialogues, encoded, strict=True)
+        ]
+
+    def _page(self, encoded: Encoded | RowError) -> tuple[list[int], list[int]] | str:
+        if isinstance(encoded, RowError):
+            return encoded.reason
+        ids, spans = encoded
         ends = [end for _, end in spans]
         if self._drops_bos and ids[:1] == [self._bos_id]:
             return ids[1:], [end - 1 for end in ends]
         return ids, ends
+
+
+def _soliloquy(messages: Sequence[Message]) -> bool:
+    return all(message.get("role") == "assistant" for message in messages)
 
 
 _HELLO = [Message(role="user", content="Hi."), Message(role="assistant", content="Hello.")]

@@ -1,22 +1,24 @@
 """Score all the turns of a dialogue from one forward pass of a causal reward model.
 
-Axes: N dialogues of a batch, T ids, D hidden size, P scored prefixes, R positions that the head
-reads of a prefix, K objectives. A causal model's hidden state at a position depends only on the
-ids up to it, so the states that a prefix's own pass would give are read from the whole dialogue's.
-Positions are counted, never found by looking for the pad id; padding is on the right.
+Axes: P scored prefixes, R positions that the head reads of a prefix, S = P * R, D hidden size,
+K objectives. A causal model's hidden state at a position depends only on the ids up to it, so the
+states that a prefix's own pass would give are read from the whole dialogue's; and the rollouts of
+a prompt, which begin alike, are read as one tree. Positions are counted, never found by looking for
+the pad id.
 """
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import EngineError
+from pipeline.packing import Layout
 from pipeline.records import Message, RewardPart, Rollout
+from pipeline.rewards.backbone import Reader
 from pipeline.rewards.base import (
     TOO_LONG,
     Scored,
@@ -26,9 +28,17 @@ from pipeline.rewards.base import (
     require_finite,
 )
 from pipeline.rewards.encoding import Encoder
+from pipeline.rewards.trees import Reading, Tree, batches, halves, trees
 
-Backbone = Callable[[Tensor, Tensor | None], Tensor]
-"""(ids_NT int64, mask_NT int64 or None) -> hidden_NTD, after the final norm."""
+WANTED: dict[str, list[Layout]] = {
+    # Without a backward pass, attention branch by branch takes PyTorch's own flash kernels and has
+    # nothing to compile, on a GPU too; FlexAttention would compile anew for each length of a row.
+    "auto": ["chains"],
+    "chains": ["chains"],
+    "flex": ["flex"],
+    "none": [],
+}
+"""What `--packing` tries, in order, before rows apart."""
 
 
 class Head(Protocol):
@@ -45,21 +55,18 @@ class Head(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Reading:
-    """One row of a batch: ids, and for each turn asked for, the positions that its score reads."""
-
-    row: int
-    ids: list[int]
-    places: dict[int, list[int]]
+Job = tuple[int, list[int]]
+"""The row of a rollout, and the turns to read from one encoding of it."""
+Read = tuple[Reading, int, float, list[float]]
+"""A reading, one of its turns, that turn's score and objectives."""
 
 
 class OnePass:
     """A reward model over a causal backbone.
 
-    `separate`: every prefix gets its own pass, because the start-up probe found that this model's
-    template or backbone doesn't give a prefix the same ids or scores within the whole dialogue;
-    `note` says which.
+    What the start-up probe found: `layout` is how dialogues are laid out in a pass; `separate`:
+    every prefix is read by itself, because this model's template or backbone doesn't give it the
+    same ids or scores within the whole dialogue. `notes` say why, where it isn't the fastest way.
     """
 
     reads_reply = False
@@ -70,78 +77,121 @@ class OnePass:
         name: str,
         fingerprint: str,
         encoder: Encoder,
-        backbone: Backbone,
+        backbone: Reader,
         head: Head,
         settings: Settings,
     ) -> None:
         self.name = name
         self.fingerprint = fingerprint
         self.separate = False
-        self.note: str | None = None
+        self.layout: Layout = "apart"
+        self.notes: list[str] = []
         self._encoder = encoder
         self._backbone = backbone
         self._head = head
         self._settings = settings
         self._device = threading.Lock()
+        self._masked = False  # a causal model needs to be told of no padding on the right
 
     def score(self, rollouts: Sequence[Rollout], turns: Sequence[Sequence[int]]) -> list[Scored]:
-        """Score the asked turns: encode, sort by length, pack to the token budget, read."""
+        """Score the asked turns: encode, plant trees, pack them to the token budget, read."""
         results: list[Scored] = []
-        readings: list[Reading] = []
+        jobs: list[Job] = []
         for row, (rollout, asked) in enumerate(zip(rollouts, turns, strict=True)):
             scored, scorable = blank(rollout, asked)
             if self._settings.keep_objectives:
                 scored.parts = self._blank_parts(len(scored.rewards))
             results.append(scored)
-            readings += self._readings(row, rollout, scorable, scored)
+            groups = [[turn] for turn in scorable] if self.separate else [scorable]
+            jobs += [(row, group) for group in groups if group]
+        readings = self._readings(rollouts, jobs, results)
+        budget = self._settings.max_tokens_per_batch
         with self._device:
-            for batch in batches(readings, self._settings.max_tokens_per_batch):
+            for batch in batches(trees(readings, budget, self.layout), budget, self.layout):
                 self._score_batch(batch, rollouts, results)
         return results
 
     def probe(self, tolerance: float) -> None:
         """Check on probe dialogues that one pass gives what a pass for each prefix gives.
 
-        `tolerance` is relative to the largest score (at least 1). Where they differ, separate
-        passes are used from here on, and the reason is printed.
+        `tolerance` is relative to the largest score (at least 1). A layout in which they differ
+        isn't used; where they differ in every one, each prefix is read by itself from here on. The
+        reasons are printed.
         """
-        reason = self._encoder.breaks_prefix(PROBES) or self._scores_differ(tolerance)
-        if reason:
+        if reason := self._encoder.breaks_prefix(PROBES):
+            self._say(f"a pass for each prefix, because {reason}")
             self.separate = True
-            self.note = f"{self.name}: a pass for each prefix, because {reason}"
-            print(self.note, file=sys.stderr, flush=True)
+        exact = self._exact_scores()
+        for layout in WANTED[self._settings.packing]:
+            reason = self._backbone.refuses(layout) or self._differs(layout, exact, tolerance)
+            if reason is None:
+                return
+            self._say(f"rollouts don't share what they begin with, because {reason}")
+        self._backbone.refuses("apart")
+        if reason := self._differs("apart", exact, tolerance):
+            self._say(f"a pass for each prefix, because {reason}")
+            self.separate = self._masked = True
 
-    def _scores_differ(self, tolerance: float) -> str | None:
-        asked = [range(len(policy_messages(rollout))) for rollout in PROBES]
-        together = _flat(self.score(PROBES, asked))
-        self.separate = True
-        apart = _flat([self.score([p], [turns])[0] for p, turns in zip(PROBES, asked, strict=True)])
-        self.separate = False
-        worst = max((abs(a - b) for a, b in zip(together, apart, strict=True)), default=0.0)
-        if worst <= tolerance * max(1.0, *map(abs, apart)):
+    def _say(self, note: str) -> None:
+        self.notes.append(f"{self.name}: {note}")
+        print(self.notes[-1], file=sys.stderr, flush=True)
+
+    def _exact_scores(self) -> list[float]:
+        """Return the probes' scores by the plainest way: each prefix alone, batch one."""
+        separate, self.separate = self.separate, True
+        apart = [
+            self.score([probe], [[turn]])[0]
+            for probe in PROBES
+            for turn in range(len(policy_messages(probe)))
+        ]
+        self.separate = separate
+        return _flat(apart)
+
+    def _differs(self, layout: Layout, exact: Sequence[float], tolerance: float) -> str | None:
+        """Take a layout; say how far its scores are from the exact ones where that is too far."""
+        self.layout = layout
+        try:
+            ours = _flat(self.score(PROBES, [range(len(policy_messages(p))) for p in PROBES]))
+        # Whatever a model or a compiler can't do with it: the layout is only a matter of speed.
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            if layout == "apart":
+                raise
+            self.layout = "apart"
+            return f"{layout}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        worst = max((abs(a - b) for a, b in zip(ours, exact, strict=True)), default=0.0)
+        if worst <= tolerance * max(1.0, *map(abs, exact)):
             return None
-        return f"its scores in one pass differ by up to {worst:.2g} from those of separate passes"
+        self.layout = "apart"
+        return f"its scores in one pass ({layout}) differ by up to {worst:.2g} from separate ones"
 
     def _readings(
-        self, row: int, rollout: Rollout, scorable: list[int], scored: Scored
-    ) -> Iterator[Reading]:
-        """Yield the batch rows that a rollout needs; put reasons into `scored`."""
-        groups = [[turn] for turn in scorable] if self.separate else [scorable]
-        for group in filter(None, groups):
-            encoded = self._encoder.encode(rollout, group)
-            if not isinstance(encoded, str):
-                yield from self._reading(row, *encoded, scored)
-            elif len(group) == 1:
-                scored.errors[group[0]] = encoded
-            else:
-                # A later turn must not cost an earlier one its score.
-                for turn in group:
-                    yield from self._readings(row, rollout, [turn], scored)
+        self, rollouts: Sequence[Rollout], jobs: list[Job], results: list[Scored]
+    ) -> list[Reading]:
+        """Encode the jobs, each a rollout's row and some of its turns; put reasons in results."""
+        readings: list[Reading] = []
+        while jobs:
+            encoded = self._encoder.encode_all([(rollouts[row], turns) for row, turns in jobs])
+            again: list[Job] = []
+            for (row, turns), one in zip(jobs, encoded, strict=True):
+                if not isinstance(one, str):
+                    readings += self._reading(row, rollouts[row].prompt_id, *one, results[row])
+                elif len(turns) == 1:
+                    results[row].errors[turns[0]] = one
+                else:
+                    # A later turn must not cost an earlier one its score.
+                    again += [(row, [turn]) for turn in turns]
+            jobs = again
+        return readings
 
     def _reading(
-        self, row: int, ids: list[int], lengths: dict[int, int], scored: Scored
+        self,
+        row: int,
+        prompt_id: str,
+        ids: list[int],
+        lengths: dict[int, int],
+        scored: Scored,
     ) -> Iterator[Reading]:
-        """Yield one batch row, cut after the last prefix that has a score."""
+        """Yield what is to be read of some ids, cut after the last prefix that has a score."""
         found: dict[int, list[int]] = {}
         for turn, length in lengths.items():
             places = self._places(ids, length)
@@ -150,7 +200,7 @@ class OnePass:
             else:
                 found[turn] = places
         if found:
-            yield Reading(row, ids[: 1 + max(map(max, found.values()))], found)
+            yield Reading(row, prompt_id, ids[: 1 + max(map(max, found.values()))], found)
 
     def _places(self, ids: Sequence[int], length: int) -> list[int] | str:
         if length > self._settings.max_length:
@@ -158,53 +208,39 @@ class OnePass:
         return self._head.places(ids, length)
 
     def _score_batch(
-        self, batch: list[Reading], rollouts: Sequence[Rollout], results: list[Scored]
+        self, batch: list[Tree], rollouts: Sequence[Rollout], results: list[Scored]
     ) -> None:
-        scores, objectives = self._read(batch)
-        at = 0
-        for reading in batch:
-            for turn in reading.places:
-                rollout, scored = rollouts[reading.row], results[reading.row]
-                scored.rewards[turn] = require_finite(scores[at], self.name, rollout, turn)
-                for part, value in zip(scored.parts, objectives[at], strict=False):
-                    part.values[turn] = value
-                at += 1
+        for reading, turn, score, objectives in self._read(batch):
+            rollout, scored = rollouts[reading.row], results[reading.row]
+            scored.rewards[turn] = require_finite(score, self.name, rollout, turn)
+            for part, value in zip(scored.parts, objectives, strict=False):
+                part.values[turn] = value
 
-    def _read(self, batch: list[Reading]) -> tuple[list[float], list[list[float]]]:
+    def _read(self, batch: list[Tree]) -> list[Read]:
         """Run one batch; when memory runs out, halve it, down to one dialogue."""
         try:
             scores_P, objectives_PK = self._forward(batch)
-            return scores_P.tolist(), objectives_PK.tolist()
+            asked = [(r, turn) for tree in batch for r in tree.readings for turn in r.places]
+            values = zip(asked, scores_P.tolist(), objectives_PK.tolist(), strict=True)
+            return [(reading, turn, score, parts) for (reading, turn), score, parts in values]
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
+            readings = [reading for tree in batch for reading in tree.readings]
+            if len(readings) == 1:
                 raise EngineError(
-                    f"{self.name}: out of memory on one dialogue of {len(batch[0].ids)} ids; free"
-                    " the device, or score fewer ids with --max_length, then run the same command"
-                    " again"
+                    f"{self.name}: out of memory on one dialogue of {len(readings[0].ids)} ids;"
+                    " free the device, or score fewer ids with --max_length, then run the same"
+                    " command again"
                 ) from error
         # Outside the handler, where the failed batch's tensors are no longer held by the traceback.
         torch.cuda.empty_cache()
-        half = len(batch) // 2
-        first, second = self._read(batch[:half]), self._read(batch[half:])
-        return first[0] + second[0], first[1] + second[1]
+        return [one for half in halves(batch) for one in self._read(half)]
 
     @torch.inference_mode()
-    def _forward(self, batch: list[Reading]) -> tuple[Tensor, Tensor]:
-        width = max(len(reading.ids) for reading in batch)
-        ids_NT = torch.zeros(len(batch), width, dtype=torch.int64)
-        mask_NT = torch.zeros_like(ids_NT)
-        for n, reading in enumerate(batch):
-            ids_NT[n, : len(reading.ids)] = torch.tensor(reading.ids)
-            mask_NT[n, : len(reading.ids)] = 1
-        rows_P = torch.tensor([n for n, reading in enumerate(batch) for _ in reading.places])
-        places_PR = torch.tensor([p for reading in batch for p in reading.places.values()])
-        # Padding on the right is never seen by what is left of it, and without a mask attention
-        # takes its fast causal path. The probe has compared; where it fell back, a mask is given.
-        hidden_NTD = self._backbone(ids_NT, mask_NT if self.separate else None)
-        read_PRD = hidden_NTD[
-            rows_P[:, None].to(hidden_NTD.device), places_PR.to(hidden_NTD.device)
-        ]
-        return self._head(read_PRD.float())
+    def _forward(self, batch: list[Tree]) -> tuple[Tensor, Tensor]:
+        rows = [tree.row for tree in batch]
+        hidden_SD = self._backbone.read(rows, self.layout, self._masked)
+        prefixes = sum(len(reading.places) for tree in batch for reading in tree.readings)
+        return self._head(hidden_SD.view(prefixes, -1, hidden_SD.shape[-1]).float())
 
     def _blank_parts(self, turns: int) -> list[RewardPart]:
         nothing: list[Any] = [None] * turns
@@ -216,31 +252,20 @@ def _flat(results: list[Scored]) -> list[float]:
     return [reward for scored in results for reward in scored.rewards if reward is not None]
 
 
-def _probe(*said: str) -> Rollout:
+def _probe(prompt_id: str, *said: str) -> Rollout:
     roles = ("user", "assistant")
     messages = [Message(role=roles[i % 2], content=text) for i, text in enumerate(said)]
-    return Rollout("probe", 0, messages, None, None, len(said) // 2 - 1, "complete", "")
+    return Rollout(prompt_id, 0, messages, None, None, len(said) // 2 - 1, "complete", "")
 
 
+_COLOURS = ("Name a colour.", "<think>\nRed?\n</think>\n\nRed.", "Another?")
 PROBES = [
-    _probe("Hi.", "Hello.", "What is 2 + 2?", "4", "Thanks!", "You're welcome."),
-    _probe("Name a colour.", "<think>\nRed?\n</think>\n\nRed.", "Another?", " Blue\n\n- sky \n"),
-    _probe("Why?\n", "Because 1 < 2,\tand 2 < 3. " * 12, "Ok", "é ü 漢字 🙂", "Go on", "No."),
+    _probe("short", "Hi.", "Hello.", "What is 2 + 2?", "4", "Thanks!", "You're welcome."),
+    _probe("fork", *_COLOURS, " Blue\n\n- sky \n"),
+    _probe("fork", *_COLOURS, " Green.", "And why?", "Like grass."),
+    _probe(
+        "long", "Why?\n", "Because 1 < 2,\tand 2 < 3. " * 12, "Ok", "é ü 漢字 🙂", "Go on", "No."
+    ),
 ]
-"""Dialogues of several lengths, with what templates are known to trim, strip and rewrite."""
-
-
-def batches(readings: Sequence[Reading], max_tokens: int) -> Iterator[list[Reading]]:
-    """Pack readings, longest first, into batches of at most `max_tokens` padded ids.
-
-    Longest first: a batch that doesn't fit in memory shows itself at once. A reading longer than
-    the budget is a batch of its own.
-    """
-    batch: list[Reading] = []
-    for reading in sorted(readings, key=lambda reading: -len(reading.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(reading)
-    if batch:
-        yield batch
+"""Dialogues of several lengths, with what templates are known to trim, strip and rewrite; two of
+them fork."""
