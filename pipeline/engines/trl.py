@@ -13,14 +13,8 @@ from typing import Any
 
 from pipeline.engines.base import Completion, Engine, EngineOptions, Request, Sampling, Usage
 from pipeline.engines.serving import OPENING, Line, Retry, Served, retry_of
-from pipeline.engines.vllm import (
-    KEY_ENV,
-    VllmEngine,
-    attach_all,
-    checked_logprobs,
-    is_certain,
-    room_of,
-)
+from pipeline.engines.vllm import VllmEngine, attach, checked_logprobs, is_certain, room_of
+from pipeline.engines.vllm_line import KEY_ENV, attach_all
 from pipeline.engines.wire import Outage, Refusal, Wire, checked_url, opening, set_up_error
 from pipeline.errors import DataError, EngineError
 
@@ -137,7 +131,7 @@ def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> Engine:
     urls = [checked_url(url).removesuffix("/v1") for url in options.urls]
     wire = Wire(options.api_key_env or KEY_ENV, options.timeout_s)
     if opening(lambda: _are_vllm(urls, model, options), options.cancelled):
-        served = attach_all(urls, model, options)
+        served = attach_all(urls, model, options, attach)
         return VllmEngine(Line(served, wire, retry_of(options), tell=options.tell))
     tempered = opening(lambda: _probe_all(urls, options), options.cancelled)
     if not options.max_model_len:

@@ -6,32 +6,18 @@ The sampled stop token is among the returned ids, and so are the ids that spell 
 with vLLM 0.32.0); only the text loses them.
 """
 
-import asyncio
 import math
-import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from pipeline.engines.base import Completion, EngineOptions, Request, Sampling
-from pipeline.engines.serving import OPENING, Line, Retry, Served, retry_of
-from pipeline.engines.supervision import Running, ServerKeeper
-from pipeline.engines.vllm_server import start_server
-from pipeline.engines.wire import (
-    Outage,
-    Refusal,
-    Wire,
-    checked_url,
-    opening,
-    set_up_error,
-    usage_of,
-)
+from pipeline.engines.serving import OPENING, Line, Retry, Served
+from pipeline.engines.vllm_line import find, open_line
+from pipeline.engines.wire import Outage, Refusal, Wire, set_up_error, usage_of
 from pipeline.errors import EngineError
 
 __all__ = ["VllmEngine", "attach", "open_engine", "parse", "request_body"]
-
-KEY_ENV = "VLLM_API_KEY"
-"""Where the key is when nothing else is said: the variable that vLLM's servers read too."""
 
 
 class VllmEngine:
@@ -149,53 +135,7 @@ def checked_logprobs(request: Request, sampled: list[int], logprobs: list[Any]) 
 def open_engine(model: str, tokenizer: Any, options: EngineOptions) -> VllmEngine:
     """Attach to `options.urls`, or start one server for `model` and own it."""
     del tokenizer  # ids go in and ids come out
-    key_env, retry = options.api_key_env or KEY_ENV, retry_of(options)
-    if options.urls:
-        served = attach_all(options.urls, model, options)
-        return VllmEngine(Line(served, Wire(key_env, options.timeout_s), retry, tell=options.tell))
-
-    def start(cancelled: threading.Event) -> Running:
-        return _start(model, options, cancelled)
-
-    running = start(options.cancelled)
-    keeper = ServerKeeper(running, start, options.restarts, options.tell)
-    # The key of an API is none of our own server's business.
-    wire = Wire(KEY_ENV, options.timeout_s)
-    return VllmEngine(Line([running.served], wire, retry, keeper, options.tell))
-
-
-def _start(model: str, options: EngineOptions, cancelled: threading.Event) -> Running:
-    """Start a server, and make sure that its log-probs are the ones that we need."""
-    flags: dict[str, str | int] = {
-        "dtype": options.dtype,
-        "tensor-parallel-size": options.tensor_parallel,
-        **({"max-model-len": options.max_model_len} if options.max_model_len else {}),
-    }
-    args = (*options.extra_args, *(["--trust-remote-code"] if options.trust_remote_code else []))
-    process = start_server(model, options.log_dir, flags, args, options.gpus, cancelled)
-
-    async def check() -> Served:
-        async with Wire(KEY_ENV, options.timeout_s) as wire:
-            return await attach(wire, process.url, process.name)
-
-    try:
-        return Running(process, opening(check, cancelled))
-    except EngineError as error:
-        process.close()
-        raise EngineError(process.story(f"failed its first requests ({error})")) from None
-    except BaseException:
-        process.close()
-        raise
-
-
-def attach_all(urls: Sequence[str], model: str, options: EngineOptions) -> list[Served]:
-    """Return how to address `model` at each of `urls`; see `attach`."""
-
-    async def check() -> list[Served]:
-        async with Wire(options.api_key_env or KEY_ENV, options.timeout_s) as wire:
-            return await asyncio.gather(*(attach(wire, url, model) for url in urls))
-
-    return opening(check, options.cancelled)
+    return VllmEngine(open_line(model, options, attach))
 
 
 async def attach(wire: Wire, url: str, model: str, retry: Retry = OPENING) -> Served:
@@ -204,38 +144,13 @@ async def attach(wire: Wire, url: str, model: str, retry: Retry = OPENING) -> Se
     Raises EngineError where nothing answers, another model is served, or log-probs are not those of
     the distribution sampled from.
     """
-    url = checked_url(url).removesuffix("/v1")
     try:
-        answer = await retry.opening(lambda: wire.get(f"{url}/v1/models"))
-        served = _served(url, model, answer.get("data") or [])
+        served = await find(wire, url, model, retry)
         for token in (0, 1):
             await retry.opening(partial(_probe, wire, served, token))
     except Refusal as refusal:
         raise set_up_error(refusal, model, wire.key_env) or EngineError(str(refusal)) from None
     return served
-
-
-def _served(url: str, model: str, models: list[dict[str, Any]]) -> Served:
-    """Find `model` by its name, by its path, or by the last part of either."""
-    for shorten in (_whole, _base):
-        for entry in models:
-            if shorten(model) in (shorten(entry.get("id", "")), shorten(entry.get("root") or "")):
-                if not entry.get("max_model_len"):
-                    raise EngineError(f"{url} is no vLLM server: it tells no max_model_len")
-                return Served(url, entry.get("id", ""), int(entry["max_model_len"]))
-    names = ", ".join(entry.get("id", "") for entry in models)
-    raise EngineError(
-        f"{url} serves {names or 'nothing'}, not {model}; start it with "
-        f"`--served-model-name {model}`"
-    )
-
-
-def _whole(name: str) -> str:
-    return name.rstrip("/")
-
-
-def _base(name: str) -> str:
-    return _whole(name).rpartition("/")[2]
 
 
 async def _probe(wire: Wire, served: Served, token: int) -> None:
