@@ -56,10 +56,9 @@ class Config:
     and the scores are float32 always."""
     device: str = execution("auto")
     """Where the model runs: auto (this process's GPU, or the CPU), cpu, cuda or cuda:N."""
-    packing: Literal["auto", "chains", "flex", "none"] = execution("auto")
-    """How rollouts that begin alike share what they have in common: auto is chains (attention
-    branch by branch), flex is FlexAttention, none pads rows. What isn't exact on this model is not
-    used, and said."""
+    packing: Literal["auto", "none"] = execution("auto")
+    """auto: rollouts of a prompt share what they begin with, in rows without padding, where a probe
+    on this model shows the same scores; none: a padded row for each rollout."""
     max_tokens_per_batch: int = execution(16384)
     """Most ids of one forward pass, padding included; when memory runs out it is halved."""
 

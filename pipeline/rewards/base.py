@@ -59,7 +59,7 @@ class Settings:
     """How a reward model runs; rules and functions need none of it.
 
     `max_length`: ids of the longest prefix that is scored. `max_tokens_per_batch`: ids of a forward
-    pass, padding included. `packing`: auto, chains, flex or none. `bos`: "template" scores what the
+    pass, padding included. `packing`: auto or none. `bos`: "template" scores what the
     chat template renders, "none" drops its BOS.
     `date`: what templates see as today (YYYY-MM-DD).
     """

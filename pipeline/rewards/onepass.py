@@ -30,16 +30,6 @@ from pipeline.rewards.base import (
 from pipeline.rewards.encoding import Encoder
 from pipeline.rewards.trees import Reading, Tree, batches, halves, trees
 
-WANTED: dict[str, list[Layout]] = {
-    # Without a backward pass, attention branch by branch takes PyTorch's own flash kernels and has
-    # nothing to compile, on a GPU too; FlexAttention would compile anew for each length of a row.
-    "auto": ["chains"],
-    "chains": ["chains"],
-    "flex": ["flex"],
-    "none": [],
-}
-"""What `--packing` tries, in order, before rows apart."""
-
 
 class Head(Protocol):
     """What turns hidden states into a score. `objectives` names the K parts (may be none)."""
@@ -106,8 +96,9 @@ class OnePass:
             jobs += [(row, group) for group in groups if group]
         readings = self._readings(rollouts, jobs, results)
         budget = self._settings.max_tokens_per_batch
+        packed = list(batches(trees(readings, budget, self.layout), budget, self.layout))
         with self._device:
-            for batch in batches(trees(readings, budget, self.layout), budget, self.layout):
+            for batch in packed:
                 self._score_batch(batch, rollouts, results)
         return results
 
@@ -122,8 +113,10 @@ class OnePass:
             self._say(f"a pass for each prefix, because {reason}")
             self.separate = True
         exact = self._exact_scores()
-        for layout in WANTED[self._settings.packing]:
-            reason = self._backbone.refuses(layout) or self._differs(layout, exact, tolerance)
+        if self._settings.packing == "auto":
+            # Attention branch by branch, on a GPU too: without a backward pass it takes PyTorch's
+            # flash kernels, while FlexAttention compiles anew for rows of another length.
+            reason = self._backbone.refuses("chains") or self._differs("chains", exact, tolerance)
             if reason is None:
                 return
             self._say(f"rollouts don't share what they begin with, because {reason}")
