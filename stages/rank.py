@@ -5,9 +5,10 @@ Under accelerate launch or torchrun the processes share the rows.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from tqdm import tqdm
 
+    from pipeline.engines.base import EngineOptions
     from pipeline.rewards.base import RewardModel
     from pipeline.rewards.summary import Summary
     from pipeline.scoring import Chunk, Records
@@ -61,6 +63,24 @@ class Config:
     on this model shows the same scores; none: a padded row for each rollout."""
     max_tokens_per_batch: int = execution(16384)
     """Most ids of one forward pass, padding included; when memory runs out it is halved."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What runs the model: hf (in this process) or vllm (pooling servers, for classifiers)."""
+    reward_url: tuple[str, ...] = execution(())
+    """Attach to these vLLM servers (--runner pooling) instead of starting one."""
+    reward_api_key_env: str = execution("")
+    """Environment variable with the key of those servers; VLLM_API_KEY when empty."""
+    reward_gpus: str = execution("")
+    """GPUs of a started server, such as 0,1; all that are visible when empty."""
+    world_size: int = execution(1)
+    """GPUs of a started server (tensor parallel)."""
+    server_args: tuple[str, ...] = execution(())
+    """Further arguments of a started server, such as --gpu-memory-utilization=0.8."""
+    request_timeout: float = execution(3600.0)
+    """Seconds until a request to a server counts as failed."""
+    retries: int = execution(5)
+    """How often a request that a server failed is sent again before the stage stops, resumable."""
+    server_restarts: int = execution(3)
+    """How often a started server that dies is started again."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -68,11 +88,32 @@ class Config:
             problems.append("--prompts is missing: the output of generate")
         if not self.output_repo:
             problems.append("--output_repo is missing: ./folder, or org/name on the Hub")
-        for name, least in [("max_length", 1), ("max_tokens_per_batch", 1), ("num_turns", 0)]:
+        for name, least in [
+            ("max_length", 1),
+            ("max_tokens_per_batch", 1),
+            ("num_turns", 0),
+            ("retries", 0),
+        ]:
             if getattr(self, name) < least:
                 problems.append(f"--{name} {getattr(self, name)}: at least {least}")
+        problems += self._server_problems()
         if problems:
             raise DataError("; ".join(problems))
+
+    def _server_problems(self) -> list[str]:
+        if self.engine != "vllm":
+            return ["--reward_url needs --engine vllm"] if self.reward_url else []
+        problems = []
+        if self.reward_model.startswith(("rule:", "python:")):
+            problems.append(f"{self.reward_model} is no model: leave out --engine vllm")
+        if self.keep_objectives:
+            problems.append("--keep_objectives is ArmoRM's, which no server can score")
+        if _world() > 1:
+            problems.append(
+                f"--engine vllm under {_world()} processes: run one, and give the server the GPUs"
+                " (--reward_gpus, --world_size)"
+            )
+        return problems
 
 
 def main(config: Config) -> None:
@@ -121,12 +162,12 @@ def _score(config: Config, output: store.Run, prompts: store.Repo, fingerprint: 
         chunks = _chunks(config, output, prompts, bar)
         if (first := next(chunks, None)) is None:
             return
-        model = _load(config, output, fingerprint)
         chunks = chain([first], chunks)
-        for chunk, scores in score_chunks(model, chunks, config.turns, config.num_turns):
-            journal.append({"chunk": chunk.key, "rows": chunk.rows, "scores": scores})
-            journal.sync()
-            bar.update(len(chunk.rows))
+        with _load(config, output, fingerprint) as model:
+            for chunk, scores in score_chunks(model, chunks, config.turns, config.num_turns):
+                journal.append({"chunk": chunk.key, "rows": chunk.rows, "scores": scores})
+                journal.sync()
+                bar.update(len(chunk.rows))
 
 
 def _chunks(
@@ -148,8 +189,11 @@ def _chunks(
                     yield chunk
 
 
-def _load(config: Config, output: store.Run, fingerprint: str) -> "RewardModel":
-    from pipeline.rewards import Settings, load_reward
+def _load(
+    config: Config, output: store.Run, fingerprint: str
+) -> "AbstractContextManager[RewardModel]":
+    """Load the reward model, or have it served for as long as the context lasts."""
+    from pipeline.rewards import Settings, load_reward, load_served
 
     settings = Settings(
         max_length=config.max_length,
@@ -161,7 +205,29 @@ def _load(config: Config, output: store.Run, fingerprint: str) -> "RewardModel":
         bos=config.bos,
         date=output.date,
     )
-    return load_reward(config.reward_model, settings, fingerprint)
+    if config.engine == "hf":
+        return nullcontext(load_reward(config.reward_model, settings, fingerprint))
+    options = _options(config, output)
+    return closing(load_served(config.reward_model, settings, options, fingerprint))
+
+
+def _options(config: Config, output: store.Run) -> "EngineOptions":
+    from pipeline.engines.base import EngineOptions
+    from pipeline.engines.rounds import Rounds
+
+    return EngineOptions(
+        rounds=Rounds(),
+        urls=config.reward_url,
+        gpus=config.reward_gpus,
+        tensor_parallel=config.world_size,
+        log_dir=output.work,
+        extra_args=config.server_args,
+        timeout_s=config.request_timeout,
+        attempts=1 + config.retries,
+        restarts=config.server_restarts,
+        api_key_env=config.reward_api_key_env,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 def _rows(config: Config, prompts: store.Repo) -> int:

@@ -7,10 +7,14 @@ ARCHITECTURES by the first architecture that a checkpoint's config.json names.
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError
 from pipeline.rewards.base import RewardModel, Scored, Settings
+
+if TYPE_CHECKING:
+    from pipeline.engines.base import EngineOptions
+    from pipeline.rewards.served import ServedReward
 
 LOADERS = {
     "rule:": "pipeline.rewards.rules",
@@ -19,7 +23,7 @@ LOADERS = {
 ARCHITECTURES = {"LlamaForRewardModelWithGating": "pipeline.rewards.armorm"}
 OTHER_ARCHITECTURES = "pipeline.rewards.classifier"
 
-__all__ = ["RewardModel", "Scored", "Settings", "load_reward", "reward_fingerprint"]
+__all__ = ["RewardModel", "Scored", "Settings", "load_reward", "load_served", "reward_fingerprint"]
 
 
 def reward_fingerprint(spec: str) -> str:
@@ -47,6 +51,28 @@ def load_reward(
     folder = local_folder(spec)
     module = importlib.import_module(ARCHITECTURES.get(_architecture(folder), OTHER_ARCHITECTURES))
     return module.load(folder, spec, fingerprint, settings)
+
+
+def load_served(
+    spec: str, settings: Settings, options: "EngineOptions", fingerprint: str | None = None
+) -> "ServedReward":
+    """Have a folder's or Hub id's classifier served: by `options.urls`, or by a server of our own.
+
+    The caller closes it. Raises DataError for a reward that no server can give.
+    """
+    if _prefixed(spec):
+        raise DataError(f"{spec} is no model, so that no server is needed: leave out --engine vllm")
+    from pipeline.rewards import served
+    from pipeline.rewards.checkpoints import local_folder
+
+    fingerprint = fingerprint or reward_fingerprint(spec)
+    folder = local_folder(spec)
+    if (architecture := _architecture(folder)) in ARCHITECTURES:
+        raise DataError(
+            f"{spec} ({architecture}) reads two positions through a gating network, and vLLM's"
+            " servers pool one through a linear layer: leave out --engine vllm"
+        )
+    return served.load(folder, spec, fingerprint, settings, options)
 
 
 def _prefixed(spec: str) -> Any:

@@ -45,7 +45,7 @@ class LinearHead(nn.Module):
 
 def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePass:
     """Load a sequence classifier. Raises DataError on a tensor too many or few."""
-    config = _config(folder)
+    config = read_config(folder)
     tokenizer = checkpoints.load_tokenizer(folder)
     device, dtype = checkpoints.placement(config, settings)
     model = _model(folder, config, dtype, device)
@@ -62,7 +62,8 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
     return scorer
 
 
-def _config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """Read a classifier's config. Raises DataError unless it has exactly one label."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
