@@ -1,0 +1,154 @@
+"""The seed's way and ours to score the same rollouts with the same ArmoRM.
+
+A way takes a block of chunks, and adds its seconds and scores to what was found.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from _clocks import PeakMemory, Stopwatch
+from _seed_rank import SeedRank
+
+from pipeline.records import ROLLOUTS, Rollout
+from pipeline.repos import open_repo, read_rollouts
+from pipeline.rewards import Settings, load_reward
+from pipeline.rows import rollout_row
+from pipeline.scoring import Chunk, score_chunks
+
+Scores = dict[tuple[str, int], list[float | None]]
+"""By the rollout's key; None where a turn wasn't asked for."""
+RANK = Path(__file__).parents[1] / "stages" / "rank.py"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the ways share. `seed_every`: the seed scores every so manieth prompt of a block."""
+
+    folder: Path
+    turns: int
+    device: str
+    dtype: str
+    threads: int
+    seed_every: int
+    max_tokens_per_batch: int
+
+
+@dataclass
+class Found:
+    """By work: the seconds of each block and the scores of all; and the peak of ours."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    scores: dict[str, Scores] = field(default_factory=lambda: defaultdict(dict))
+    peak_bytes: int = 0
+
+
+class SeedWay:
+    """One prefix at a time, with as many threads as are fastest for that."""
+
+    def __init__(self, setup: Setup, first: Chunk) -> None:
+        """Load the model, warm up and choose the threads."""
+        self.setup = setup
+        self.model = SeedRank(setup.folder, setup.device, setup.dtype)
+        rollout = first.rollouts[0]
+        self.model.rank(rollout.messages, setup.turns)
+        self.threads = min({1, setup.threads}, key=lambda count: self._tried(count, rollout))
+
+    def _tried(self, threads: int, rollout: Rollout) -> float:
+        torch.set_num_threads(threads)
+        seconds, _ = timed(lambda: self.model.rank(rollout.messages, self.setup.turns))
+        return seconds
+
+    def run(self, block: Sequence[Chunk], found: Found) -> None:
+        """Score every turn of its share of the block."""
+        torch.set_num_threads(self.threads)
+        watch = Stopwatch()
+        watch.start()
+        for rollout in seed_share(block, self.setup.seed_every):
+            scores = self.model.rank(rollout.messages, self.setup.turns)
+            found.scores["seed"][rollout.key] = list(scores)
+        watch.stop()
+        found.seconds["seed"].append(watch.seconds)
+
+
+class OurWay:
+    """The stage's own loop over chunks, all turns and then the needed ones."""
+
+    def __init__(self, setup: Setup, first: Chunk) -> None:
+        """Load the model and warm up."""
+        torch.set_num_threads(setup.threads)
+        self.setup = setup
+        settings = Settings(
+            dtype=setup.dtype,
+            device=setup.device,
+            max_tokens_per_batch=setup.max_tokens_per_batch,
+        )
+        self.model = load_reward(str(setup.folder), settings)
+        list(score_chunks(self.model, [first], "needed"))
+
+    def run(self, block: Sequence[Chunk], found: Found) -> None:
+        """Score the block twice."""
+        torch.set_num_threads(self.setup.threads)
+        for which in ("all", "needed"):
+            # The model is there before: what is counted is what it takes to score.
+            peak = PeakMemory(lambda: ())
+            peak.start()
+            watch = Stopwatch()
+            watch.start()
+            for chunk, records in score_chunks(self.model, block, which):
+                keys = [rollout.key for rollout in chunk.rollouts]
+                rewards = [record["rewards"] for record in records]
+                found.scores[which] |= dict(zip(keys, rewards, strict=True))
+            watch.stop()
+            peak.stop()
+            found.seconds[which].append(watch.seconds)
+            found.peak_bytes = max(found.peak_bytes, peak.peak_bytes)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds that something takes, and what it gives."""
+    watch = Stopwatch()
+    watch.start()
+    result = work()
+    watch.stop()
+    return watch.seconds, result
+
+
+def seed_share(block: Sequence[Chunk], every: int) -> list[Rollout]:
+    """Return the rollouts of every so manieth prompt of some chunks, the first one among them."""
+    rollouts = [rollout for chunk in block for rollout in chunk.rollouts]
+    prompts = list(dict.fromkeys(rollout.prompt_id for rollout in rollouts))
+    chosen = set(prompts[::every])
+    return [rollout for rollout in rollouts if rollout.prompt_id in chosen]
+
+
+def run_stage(setup: Setup, rollouts: Sequence[Rollout], work: Path) -> tuple[float, Scores]:
+    """Run stages/rank.py on a repo of the rollouts; return its seconds and its scores."""
+    prompts, output = work / "rollouts", work / "ranked"
+    (prompts / "data").mkdir(parents=True)
+    table = pa.Table.from_pylist([rollout_row(item) for item in rollouts], schema=ROLLOUTS)
+    pq.write_table(table, prompts / "data" / "train-00000-of-00001.parquet")
+    flags = {
+        "prompts": prompts,
+        "reward_model": setup.folder,
+        "output_repo": output,
+        "device": setup.device,
+        "dtype": setup.dtype,
+        "max_tokens_per_batch": setup.max_tokens_per_batch,
+    }
+    command = [sys.executable, str(RANK), *(f"--{name}={value}" for name, value in flags.items())]
+    env = {**os.environ, "OMP_NUM_THREADS": str(setup.threads), "HF_HUB_OFFLINE": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-3000:]}"
+    return seconds, {item.key: item.rewards or [] for item in read_rollouts(open_repo(str(output)))}
