@@ -1,7 +1,8 @@
-"""FsfairX-LLaMA3-RM and kin: any causal AutoModelForSequenceClassification with one label.
+"""FsfairX-LLaMA3-RM and kin: any AutoModelForSequenceClassification with one label.
 
-score = w . h_last, with h_last the hidden state at the prefix's last position. The position is
-counted, so a pad id that equals the end-of-turn id is harmless.
+A causal one with a linear `score` layer is read in one pass: score = w . h_last, with h_last the
+hidden state at the prefix's last position. The position is counted, so a pad id that equals the
+end-of-turn id is harmless. Any other one is given each prefix by itself (wholemodel.py).
 
 BOS: FsfairX was trained without one by a tokenizer bug, while its card's pipeline adds one (about
 1% on RewardBench, RLHFlow/RLHF-Reward-Modeling#16). The default, `--bos template`, scores what the
@@ -23,6 +24,7 @@ from pipeline.rewards import checkpoints
 from pipeline.rewards.backbone import Backbone
 from pipeline.rewards.base import Settings
 from pipeline.rewards.onepass import OnePass
+from pipeline.rewards.wholemodel import WholeModel
 
 
 class LinearHead(nn.Module):
@@ -43,17 +45,20 @@ class LinearHead(nn.Module):
         return scores_P, scores_P.new_zeros(len(scores_P), 0)
 
 
-def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePass:
+def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePass | WholeModel:
     """Load a sequence classifier. Raises DataError on a tensor too many or few."""
     config = read_config(folder)
     tokenizer = checkpoints.load_tokenizer(folder)
     device, dtype = checkpoints.placement(config, settings)
     model = _model(folder, config, dtype, device)
+    encoder = checkpoints.make_encoder(tokenizer, settings)
     limit = checkpoints.context_limit(config, settings)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        return WholeModel(name, fingerprint, encoder, model, limit)
     scorer = OnePass(
         name,
         fingerprint,
-        checkpoints.make_encoder(tokenizer, settings),
+        encoder,
         Backbone(model.base_model, device),
         LinearHead(model.score),
         dataclasses.replace(settings, max_length=limit),
@@ -95,10 +100,5 @@ def _model(folder: Path, config: Any, dtype: torch.dtype, device: str) -> Any:
         raise DataError(
             f"{folder} isn't the checkpoint that its config.json describes: "
             f"{'; '.join(problems[:5])}. Download it again"
-        )
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise DataError(
-            f"{folder} ({type(model).__name__}) has no linear `score` layer over its last hidden"
-            " state; only causal sequence classifiers are scored here"
         )
     return model.eval()
