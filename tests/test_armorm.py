@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 from pipeline.errors import DataError
 from pipeline.records import Message, Rollout
 from pipeline.rewards import Settings, load_reward
-from pipeline.rewards.armorm import OBJECTIVES, GatingHead
+from pipeline.rewards.armorm import OBJECTIVES, GatingHead, objective_names
 from reward_models import one_thread, tokenizer_like_llama3, write_armorm  # noqa: F401
 
 PAIRS = [
@@ -134,6 +134,17 @@ def test_published_dimensions_are_the_defaults() -> None:
     }
     assert head.gating.temperature == 10.0
     assert head.objectives == OBJECTIVES
+
+
+def test_names_of_the_objectives() -> None:
+    default = {k: f"LABEL_{k}" for k in range(2)}
+    assert objective_names(SimpleNamespace(id2label=default), 2) == ["objective_0", "objective_1"]
+    assert objective_names(SimpleNamespace(id2label=default), 19) == OBJECTIVES
+    assert objective_names(SimpleNamespace(id2label={0: "kind", 1: "true"}), 2) == ["kind", "true"]
+    assert objective_names(SimpleNamespace(objectives=["a", "b"]), 2) == ["a", "b"]
+    for names in (["a"], ["a", "a"], ["a", 3]):
+        with pytest.raises(DataError, match="objectives for 2, or one twice"):
+            objective_names(SimpleNamespace(objectives=names), 2)
 
 
 def test_gate_is_read_at_the_last_header_of_the_prefix() -> None:

@@ -76,8 +76,7 @@ class GatingHead(nn.Module):
         count = getattr(config, "num_objectives", 19)
         inner = [getattr(config, "gating_hidden_dim", 1024)] * getattr(config, "gating_n_hidden", 3)
         sizes = [config.hidden_size, *inner, count]
-        published = count == len(OBJECTIVES)
-        self.objectives = OBJECTIVES if published else [f"objective_{k}" for k in range(count)]
+        self.objectives = objective_names(config, count)
         self.header = list(header)
         self.regression_layer = nn.Linear(config.hidden_size, count, bias=False)
         self.reward_transform_matrix = nn.Parameter(torch.eye(count))
@@ -96,6 +95,23 @@ class GatingHead(nn.Module):
         rewards_PK = self.regression_layer(hidden_PRD[:, 1])
         gates_PK = self.gating(hidden_PRD[:, 0])
         return (gates_PK * (rewards_PK @ self.reward_transform_matrix)).sum(-1), rewards_PK
+
+
+def objective_names(config: Any, count: int) -> list[str]:
+    """Return what a checkpoint calls its objectives: its config's names, or the published ones.
+
+    Names are the config's `objectives`, or its `id2label` where somebody has filled that in.
+    """
+    labels = getattr(config, "id2label", None) or {}
+    labelled = [labels.get(k, "") for k in range(count)]
+    told = getattr(config, "objectives", None) or (
+        labelled if not any(name in ("", f"LABEL_{k}") for k, name in enumerate(labelled)) else None
+    )
+    if told is None:
+        return OBJECTIVES if count == len(OBJECTIVES) else [f"objective_{k}" for k in range(count)]
+    if len(set(told)) != count or not all(isinstance(name, str) for name in told):
+        raise DataError(f"config.json names {len(told)} objectives for {count}, or one twice")
+    return list(told)
 
 
 class _Backbone(LlamaModel):
