@@ -39,8 +39,9 @@ def test_guessing_game_scores_every_prefix() -> None:
 
 def test_guessing_game_needs_a_game() -> None:
     assert scores("rule:guessing_game", rollout("go", "16"), 0) == ([None], ["no_game"])
-    one = rollout("go", "16", info={"low": 3, "high": 3, "secret": 3})
-    assert scores("rule:guessing_game", one, 0) == ([None], ["no_game"])
+    for low, secret, high in [(3, 3, 3), (1, 9, 3), ("1", "2", "3"), (None, 2, 3)]:
+        one = rollout("go", "16", info={"low": low, "high": high, "secret": secret})
+        assert scores("rule:guessing_game", one, 0) == ([None], ["no_game"])
 
 
 @pytest.mark.parametrize(
@@ -61,11 +62,56 @@ def test_guessing_game_needs_a_game() -> None:
         ("it is 50%", "50", 1.0),
         ("no idea", "18", 0.0),
         ("18 at 7.", "7", 1.0),
+        ("#### 18, or 3 less", "18", 1.0),
+        ("x = \u22124", "-4", 1.0),
+        ("(5)-4", "4", 1.0),
+        ("x is 1,2", "12", 0.0),
+        (r"\boxed{1,2}", "12", 0.0),
+        (r"\boxed{1{,}000}", "1000", 1.0),
+        (r"\boxed{18\%}", "18", 1.0),
+        ("1e-05", 1e-05, 1.0),
+        ("it is 5", 1e25, 0.0),
+        ("1e25", 1e25, 1.0),
+        ("it is 2", r"\frac{1}{2}", 0.0),
+        ("0.5", r"\frac{1}{2}", 1.0),
+        ("so 18", "3 + 15 = 18\n#### 18", 1.0),
+        (r"\boxed{1/0}", "1/0", 1.0),
+        ("\u0663", "3", 1.0),
     ],
 )
 def test_final_answer(said: str, answer: str, score: float) -> None:
     item = rollout("what?", said, info={"answer": answer})
     assert scores("rule:final_answer", item, 0) == ([score], [None])
+
+
+N = 200_000
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "1" * N,
+        "1," * N,
+        "111," * N,
+        "-" * N,
+        "1e" * N,
+        "1/" * N,
+        "####" * N,
+        "\\boxed{" * N,
+        "\\boxed{" + "{" * N,
+        "\\boxed{" + "111," * N + "}",
+        "\\boxed{" + "1" * N + "}",
+        "\\boxed{1e999999999}",
+    ],
+    ids=lambda said: said[:12],
+)
+@pytest.mark.timeout(20)
+def test_hostile_answers_take_linear_time(said: str) -> None:
+    """A quadratic pattern needs hours for these."""
+    item = rollout("what?", said, info=GAME | {"answer": "18"})
+    assert scores("rule:final_answer", item, 0) == ([0.0], [None])
+    assert scores("rule:format", item, 0)[1] == [None]
+    assert scores("rule:guessing_game", item, 0)[1] == [None]
 
 
 def test_final_answer_reads_each_turn_alone() -> None:
@@ -85,14 +131,20 @@ def test_format_from_default_parameter_and_info() -> None:
     item = rollout("hi", "so\n#### 18", "more", "18")
     assert scores("rule:format", item, 0, 1)[0] == [1.0, 0.0]
     assert scores("rule:format?pattern=^[0-9]%2B$", item, 0, 1)[0] == [0.0, 1.0]
+    assert scores("rule:format?pattern=^[0-9]+$", item, 0, 1)[0] == [0.0, 1.0]
     item.info = {"format": "^so"}
     assert scores("rule:format", item, 0, 1)[0] == [1.0, 0.0]
+    for bad in ("(", 5):
+        item.info = {"format": bad}
+        assert scores("rule:format", item, 0) == ([None, None], ["bad_format", None])
 
 
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
         ("rule:nothing", "there are: guessing_game, final_answer"),
+        ("rule:lenght", "did you mean 'length'"),
+        ("rule:format?pattern=(", "no regular expression"),
         ("rule:length?most=3", "no parameter most; there are: min_words, max_words"),
         ("rule:length?max_words=few", "invalid literal"),
         ("python:here.py", "write python:path/to/file.py:function"),

@@ -26,6 +26,7 @@ _NUMBER = re.compile(
     rf"(?<!\d)-?\d+|\b(?:{'|'.join(filter(None, _TENS))})(?:[- ](?:{'|'.join(_ONES[1:10])}))?\b"
     rf"|\b(?:{'|'.join(sorted(_ONES, key=len, reverse=True))})\b"
 )
+_MOST_DIGITS = 4000
 
 
 def in_words(number: int) -> str:
@@ -42,7 +43,8 @@ def guess_of(text: str) -> int | None:
     if not found:
         return None
     if found[-1].lstrip("-").isdigit():
-        return int(found[-1])
+        # Python reads no int of thousands of digits; where a guess is so far off, it stays as far.
+        return int(found[-1][:_MOST_DIGITS])
     return sum(_WORDS[word] for word in re.split("[- ]", found[-1]))
 
 

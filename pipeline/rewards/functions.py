@@ -2,19 +2,33 @@
 
 A function gets the dialogue up to a policy turn (a list of message dicts, the policy's last) and
 the rollout's `info`; it returns a finite number, or a string: the reason why there is no score.
+With `?scope=dialogue` it is called once for a rollout, and may say something of each turn. The
+README has the whole contract; returns.py reads what comes back.
 """
 
+import copy
 import hashlib
 import importlib.util
+import inspect
+import json
+import re
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
-from pipeline.records import Rollout
-from pipeline.rewards.base import Scored, Settings, blank, prefix, require_finite
+from pipeline.records import RewardPart, Rollout
+from pipeline.rewards import returns
+from pipeline.rewards.base import Scored, Settings, blank, prefix
+from pipeline.rewards.parameters import convert, parameters_of, read_query
 
-Function = Callable[[list[Any], dict[str, Any]], float | str]
+Function = Callable[..., Any]
+
+_SPEC = re.compile(r"python:(?P<path>.+?\.py):(?P<name>[^\W\d]\w*)(?:\?(?P<query>.*))?", re.DOTALL)
+_SCOPES = ("turn", "dialogue")
 
 
 class FunctionReward:
@@ -27,57 +41,123 @@ class FunctionReward:
         self.name = name
         self.fingerprint = fingerprint
         self._function = function
+        self._reads_tools = "tools" in parameters_of(function)
 
     def score(self, rollouts: Sequence[Rollout], turns: Sequence[Sequence[int]]) -> list[Scored]:
         """Call the function on each asked prefix; its exceptions stop the stage, with the row."""
-        results = []
-        for rollout, asked in zip(rollouts, turns, strict=True):
-            scored, scorable = blank(rollout, asked)
-            for turn in scorable:
-                scored.rewards[turn], scored.errors[turn] = self._call(rollout, turn)
-            results.append(scored)
-        return results
+        return [self._score(*item) for item in zip(rollouts, turns, strict=True)]
 
-    def _call(self, rollout: Rollout, turn: int) -> tuple[float | None, str | None]:
+    def _score(self, rollout: Rollout, asked: Sequence[int]) -> Scored:
+        scored, scorable = blank(rollout, asked)
+        for turn in scorable:
+            value, parts = returns.of_turn(self._call(rollout, turn), self._where(rollout, turn))
+            _put(scored, turn, value)
+            for name, part in parts.items():
+                _part(scored, name, part.kind).values[turn] = part.values[0]
+        return scored
+
+    def _call(self, rollout: Rollout, turn: int) -> Any:
         # Copies: a function that edits its arguments must not change what is written.
-        messages: list[Any] = [dict(message) for message in prefix(rollout, turn)]
+        messages: list[Any] = copy.deepcopy(prefix(rollout, turn))
+        more = {"tools": json.loads(rollout.tools or "null")} if self._reads_tools else {}
         try:
-            value = self._function(messages, dict(rollout.info))
+            return self._function(messages, copy.deepcopy(rollout.info), **more)
         except Exception as error:
-            error.add_note(
-                f"{self.name} failed on prompt_id {rollout.prompt_id!r}, sample {rollout.sample},"
-                f" policy turn {turn}"
-            )
+            error.add_note(f"{self._where(rollout, turn)} failed")
             raise
-        if isinstance(value, str):
-            return None, value
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise DataError(
-                f"{self.name} returned {value!r} for prompt_id {rollout.prompt_id!r}, policy turn"
-                f" {turn}; return a number, or a string: the reason why there is no score"
-            ) from None
-        return require_finite(number, self.name, rollout, turn), None
+
+    def _where(self, rollout: Rollout, turn: int) -> str:
+        return (
+            f"{self.name} on prompt_id {rollout.prompt_id!r}, sample {rollout.sample}, policy turn"
+            f" {turn}"
+        )
+
+
+class DialogueReward(FunctionReward):
+    """Scores a rollout with one call of a function, which sees the dialogue to its score turn.
+
+    The score turn is the last that counts, so a score is the same whichever turns are asked for.
+    """
+
+    def _score(self, rollout: Rollout, asked: Sequence[int]) -> Scored:
+        scored, scorable = blank(rollout, asked)
+        last = max((turn for turn in asked if turn <= rollout.score_turn), default=-1)
+        if last not in scorable:
+            return scored
+        returned, where = self._call(rollout, last), self._where(rollout, last)
+        values, parts = returns.of_dialogue(returned, last + 1, where)
+        counted = [turn for turn in scorable if turn <= last]
+        for turn in counted:
+            _put(scored, turn, values[turn])
+        for name, part in parts.items():
+            for turn in counted:
+                _part(scored, name, part.kind).values[turn] = part.values[turn]
+        return scored
+
+
+def _put(scored: Scored, turn: int, value: returns.Value) -> None:
+    if isinstance(value, str):
+        scored.errors[turn] = value
+    else:
+        scored.rewards[turn] = value
+
+
+def _part(scored: Scored, name: str, kind: str) -> RewardPart:
+    for part in scored.parts:
+        if (part.name, part.kind) == (name, kind):
+            return part
+    scored.parts.append(RewardPart(name, kind, [None] * len(scored.rewards)))
+    return scored.parts[-1]
 
 
 def load(spec: str, settings: Settings) -> FunctionReward:
-    """Load `python:path.py:function`."""
-    path, name = _parse(spec)
+    """Load `python:path.py:function`, with `?scope=dialogue` and parameters of the function's."""
+    parsed = _parse(spec)
+    function = getattr(_module(parsed.path), parsed.name, None)
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        what = "an async function" if callable(function) else "no function"
+        raise DataError(
+            f"{spec!r}: {parsed.path} defines {what} {parsed.name!r}; write a plain one"
+        )
+    given = dict(parsed.given)
+    scope = given.pop("scope", "turn")
+    if scope not in _SCOPES:
+        raise DataError(f"{spec!r}: scope={scope!r}; there are: {', '.join(_SCOPES)}")
+    function = partial(function, **convert(spec, function, given, others=("scope",)))
+    _check_call(spec, function)
+    kind = DialogueReward if scope == "dialogue" else FunctionReward
+    return kind(spec, fingerprint(spec), function)
+
+
+def _module(path: Path) -> ModuleType:
     module_spec = importlib.util.spec_from_file_location(f"turnwise_reward_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(module_spec)
+    # Registered before it runs: dataclasses look their own module up.
+    sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise DataError(f"{spec!r}: {path} defines no function {name!r}")
-    return FunctionReward(spec, fingerprint(spec), function)
+    return module
+
+
+def _check_call(spec: str, function: Function) -> None:
+    """Refuse a function that can't be called with (messages, info), before any row is read."""
+    more = {"tools": None} if "tools" in parameters_of(function) else {}
+    try:
+        inspect.signature(function).bind([], {}, **more)
+    except TypeError as error:
+        raise DataError(
+            f"{spec!r} can't be called with (messages, info): {error}; give every other parameter a"
+            " default, or name it tools"
+        ) from None
+    except ValueError:
+        return
 
 
 def fingerprint(spec: str) -> str:
-    """Hash the function's name and file: an edited function is another reward."""
-    path, name = _parse(spec)
-    return digest(name.encode(), path.read_bytes())
+    """Hash the function's name, parameters and file: an edited function is another reward."""
+    parsed = _parse(spec)
+    given = json.dumps(parsed.given, sort_keys=True) if parsed.given else ""
+    return digest((parsed.name + given).encode(), parsed.path.read_bytes())
 
 
 def digest(*parts: bytes) -> str:
@@ -89,10 +169,16 @@ def digest(*parts: bytes) -> str:
     return hashed.hexdigest()[:16]
 
 
-def _parse(spec: str) -> tuple[Path, str]:
-    path, colon, name = spec.removeprefix("python:").rpartition(":")
-    if not colon or not name.isidentifier() or not path.endswith(".py"):
-        raise DataError(f"write python:path/to/file.py:function, not {spec!r}")
-    if not Path(path).is_file():
-        raise DataError(f"{spec!r}: there is no file {path}")
-    return Path(path), name
+class _Parsed(NamedTuple):
+    path: Path
+    name: str
+    given: dict[str, str]
+
+
+def _parse(spec: str) -> _Parsed:
+    found = _SPEC.fullmatch(spec)
+    if found is None:
+        raise DataError(f"write python:path/to/file.py:function?name=value, not {spec!r}")
+    if not Path(found["path"]).is_file():
+        raise DataError(f"{spec!r}: there is no file {found['path']}")
+    return _Parsed(Path(found["path"]), found["name"], read_query(spec, found["query"] or ""))
