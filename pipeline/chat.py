@@ -6,10 +6,8 @@ what a template writes anew is encoded anew.
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from operator import itemgetter
 from typing import Any
 
 from pipeline.dialogues import (
@@ -22,18 +20,19 @@ from pipeline.dialogues import (
     last_assistant,
     mark,
     probes,
-    spells,
     tool_schemas,
     user,
 )
 from pipeline.errors import DataError, RowError
+from pipeline.page_ids import Encoded as Encoded
+from pipeline.page_ids import PageIds
+from pipeline.pages import Page, Pages
 from pipeline.records import Message
 from pipeline.shield import Shield
 from pipeline.thoughts import END_THINK, THINK, THINK_TAGS, parted
 
-SPAN_UNPROVEN = "span_unproven"
-Encoded = tuple[list[int], list[tuple[int, int]]]
-"""The ids of a dialogue, and the (start, end) of each assistant turn in them."""
+AT_ONCE = 64
+"""Dialogues that are encoded in one call: enough for every core, few enough for the memory."""
 OURS = (
     *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message"),
     *("strftime_now", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
@@ -87,6 +86,8 @@ class Chat:
             self._tools_append = self.append_only and all(with_tools)
         except RowError as error:
             raise DataError(f"the chat template of {name} can't be used: {error.detail}") from None
+        self._pages = Pages(self._render, tokenizer.chat_template, self._end_of_turn())
+        self._page_ids = PageIds(tokenizer.backend_tokenizer, self._shield)
 
     def prompt(self, messages: Messages, tools: str | None = None) -> list[int]:
         """Return the ids of a dialogue up to and including the header of the next policy turn."""
@@ -136,31 +137,34 @@ class Chat:
     def encode_dialogue(self, messages: Messages, tools: str | None = None) -> Encoded:
         """Return the ids of a whole dialogue and the (start, end) of each assistant turn in them.
 
-        One pass with offsets; a span holds the turn's end-of-turn token. Raises RowError where
-        the template refuses the dialogue or a span's edges are no edges of tokens.
+        A span holds the turn's end-of-turn token. Raises RowError where the template refuses the
+        dialogue or a span's edges are no edges of tokens.
         """
-        said, schemas = clean(messages), tool_schemas(tools)
-        cover = self._shield.cover([said, schemas])
-        said, schemas = cover.hide(said), cover.hide(schemas)
-        page = self._render(said, schemas, generation_prompt=False)
-        encoding = cover.encode(page)
-        spans = []
-        for i, message in enumerate(said):
-            if message["role"] == "assistant":
-                start, end = self._turn(page, said, i, schemas)
-                edges = len(cover.spell(page[:start])), len(cover.spell(page[:end]))
-                spans.append(_token_span(encoding.offsets, *edges))
-        return encoding.ids, spans
+        (encoded,) = self.encode_dialogues([(messages, tools)])
+        if isinstance(encoded, RowError):
+            raise encoded
+        return encoded
 
     def encode_dialogues(
         self, dialogues: Sequence[tuple[Messages, str | None]]
     ) -> list[Encoded | RowError]:
         """Encode many (messages, tools); an entry is what `encode_dialogue` returns, or raises."""
-        return [self._encoded(messages, tools) for messages, tools in dialogues]
+        encoded = list[Encoded | RowError]()
+        for start in range(0, len(dialogues), AT_ONCE):
+            found = [self._page(*dialogue) for dialogue in dialogues[start : start + AT_ONCE]]
+            plain = iter(self._page_ids.encode([p for p in found if isinstance(p, Page)]))
+            encoded += [next(plain) if isinstance(p, Page) else p for p in found]
+        return encoded
 
-    def _encoded(self, messages: Messages, tools: str | None) -> Encoded | RowError:
+    def _page(self, messages: Messages, tools: str | None) -> Page | Encoded | RowError:
+        """Render a dialogue whole; encode it at once where look-alikes must be hidden."""
+        said, schemas = clean(messages), tool_schemas(tools)
         try:
-            return self.encode_dialogue(messages, tools)
+            if not self._shield.finds([said, schemas]):
+                return self._pages.page(said, schemas)
+            cover = self._shield.cover([said, schemas])
+            page = self._pages.page(cover.hide(said), cover.hide(schemas))
+            return self._page_ids.encode_covered(page, cover)
         except RowError as error:
             return error
 
@@ -296,26 +300,10 @@ class Chat:
                     return i, start
         return 0, 0
 
-    def _turn(
-        self, page: str, said: list[dict[str, Any]], turn: int, schemas: list | None
-    ) -> tuple[int, int]:
-        """Locate an assistant message on the page: (start, end) in characters, its end included.
-
-        It starts where the generation prompt ends; it ends where the page goes on as it does
-        after any other content.
-        """
-        before = self._render(said[:turn], schemas)
-        marked, marker = mark(said, turn)
-        lead, _, rest = self._render(marked, schemas, generation_prompt=False).partition(marker)
-        text = page[len(before) : len(page) - len(rest)]
-        known = page.startswith(before) and page == before + text + rest
-        if not known or not spells(text, said[turn], lead.removeprefix(before)):
-            raise RowError(SPAN_UNPROVEN, f"message {turn} isn't on the page as it was said")
-        ending = re.match(rf"\s*(?:{self._stop_pattern()})", rest)
-        return len(before), len(before) + len(text) + (ending.end() if ending else 0)
-
-    def _stop_pattern(self) -> str:
-        return "|".join(re.escape(self._text([id_])) for id_ in self.stop_ids)
+    def _end_of_turn(self) -> re.Pattern[str]:
+        """Match what may end a turn on a page: blanks, then a stop token."""
+        stops = "|".join(re.escape(self._text([id_])) for id_ in self.stop_ids)
+        return re.compile(rf"\s*(?:{stops})")
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(
@@ -329,16 +317,6 @@ def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
             f"a template's variable can't be named {', '.join(taken)}: Turnwise sets it itself"
         )
     return dict(given)
-
-
-def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Return the tokens that cover characters start to end, and nothing else."""
-    first = bisect_left(offsets, start, key=itemgetter(0))
-    last = bisect_left(offsets, end, key=itemgetter(0))
-    clean_start = first == 0 or offsets[first - 1][1] <= start
-    if first == last or not clean_start or offsets[last - 1][1] != end:
-        raise RowError(SPAN_UNPROVEN, f"a token crosses the edge of characters {start} to {end}")
-    return first, last
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ the text is encoded in one pass by a copy of the tokenizer that knows only the s
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
@@ -41,8 +42,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 def unused_characters(text: str, count: int) -> list[str]:
     """Return private-use characters that don't occur in a text."""
-    used = set(text)
-    free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+    free = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
     return [next(free) for _ in range(count)]
 
 
@@ -68,6 +68,11 @@ class Shield:
         firsts = sorted({token[0] for token in self.special})
         start, end, *hidden = unused_characters(text, 2 + len(firsts))
         return Cover(self, start, end, dict(zip(firsts, hidden, strict=True)))
+
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """The tokenizer without post-processor, for offsets that cover every character."""
+        return _respelled(self._backend, {})
 
     def copy(self, start: str, end: str) -> Tokenizer:
         """Return the tokenizer without post-processor, special token k spelled {start}k{end}.
