@@ -49,7 +49,7 @@ class Journal:
 
     def places(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (where it begins, record) in the same order."""
-        return _read(self.path)
+        return read_places(self.path)
 
     def close(self) -> None:
         """Sync and close."""
@@ -61,19 +61,21 @@ class Journal:
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Yield a journal's records; a torn last line isn't one. DataError names a damaged line."""
-    return (record for _, record in _read(path))
+    return (record for _, record in read_places(path))
 
 
-def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    start = 0
+def read_places(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (where it begins, record) from byte `start` on, which is where a record begins."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(start)
+        for line in file:
             if not line.endswith(b"\n"):
                 return
             try:
                 yield start, json.loads(line)
                 start += len(line)
             except ValueError as error:
+                number = path.read_bytes().count(b"\n", 0, start) + 1
                 raise DataError(
                     f"{path}, line {number} is damaged ({error}); the lines before it are sound. "
                     f"Delete that line and what follows, then run the same command again"

@@ -6,7 +6,8 @@ whole or not at all: whoever scores it, and however often the stage was killed b
 and so its scores are the same.
 """
 
-from collections import deque
+import json
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.journal import read_journal
+from pipeline.journal import read_places
 from pipeline.records import NO_SCORE, RewardPart, Rollout
 from pipeline.rewards.base import RewardModel, Scored, policy_messages
 
@@ -132,23 +133,39 @@ def _on_disk(values: Sequence[float | None], errors: Sequence[str | None]) -> li
 
 
 class Records:
-    """The records of several journals, by chunk, read no further ahead than needed.
+    """The records of several journals by chunk: where each is on disk, not what it holds."""
 
-    Every process journals its chunks in ascending order, so that little waits in memory.
-    """
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._last: dict[Path, int] = {}
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._streams = [read_journal(path) for path in paths]
-        self._waiting: dict[str, list[dict[str, Any]]] = {}
+    def refresh(self) -> None:
+        """Read what was appended since the last time, by this process and by others."""
+        for path in sorted(self._folder.glob("journal-*.jsonl")):
+            for start, record in read_places(path, self._last.get(path, 0)):
+                self._places.setdefault(record["chunk"], (path, start))
+                self._last[path] = start
+
+    def missing(self, chunks: Mapping[str, int], world: int) -> Counter[int]:
+        """Return rank -> how many of its chunks no journal has. `chunks`: split -> their number."""
+        self.refresh()
+        return Counter(
+            number % world
+            for split, count in chunks.items()
+            for number in range(count)
+            if f"{split}/{number}" not in self._places
+        )
 
     def take(self, key: str) -> list[dict[str, Any]]:
         """Return the scores of one chunk. Raises DataError where no journal has it."""
-        while key not in self._waiting:
-            heads = [record for stream in self._streams if (record := next(stream, None))]
-            if not heads:
-                raise DataError(f"no journal has chunk {key}: run the same command again")
-            self._waiting |= {record["chunk"]: record["scores"] for record in heads}
-        return self._waiting.pop(key)
+        if key not in self._places:
+            raise DataError(f"no journal has chunk {key}: run the same command again")
+        path, start = self._places[key]
+        with path.open("rb") as file:
+            file.seek(start)
+            scores: list[dict[str, Any]] = json.loads(file.readline())["scores"]
+        return scores
 
 
 def ranked_windows(

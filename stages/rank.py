@@ -6,7 +6,6 @@ Under accelerate launch or torchrun the processes share the rows.
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -118,7 +117,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Score what is missing of this process's chunks; process 0 then writes all of them."""
+    from pipeline import ranks
     from pipeline.rewards import reward_fingerprint
+    from pipeline.scoring import Records
 
     prompts = store.open_repo(config.prompts)
     fingerprint = reward_fingerprint(config.reward_model)
@@ -133,10 +134,13 @@ def main(config: Config) -> None:
     )
     if output.finished:
         return
-    _score(config, output, prompts, fingerprint)
+    with ranks.holding(output.path, output.work) as unfinished:
+        if unfinished:
+            _score(config, output, prompts, fingerprint)
     if _rank() == 0:
-        _wait(output, _total(config, prompts))
-        _write(config, output, prompts, f"{config.reward_model}@{fingerprint}")
+        records, chunks = Records(output.work), _chunk_counts(config, prompts)
+        ranks.wait(output.work, lambda: records.missing(chunks, _world()), output.claim.begun)
+        _write(config, output, prompts, records, f"{config.reward_model}@{fingerprint}")
 
 
 def _rank() -> int:
@@ -239,35 +243,28 @@ def _rows(config: Config, prompts: store.Repo) -> int:
     )
 
 
-def _total(config: Config, prompts: store.Repo) -> int:
+def _chunk_counts(config: Config, prompts: store.Repo) -> dict[str, int]:
     from pipeline.rankable import rollouts_per_row
     from pipeline.scoring import count_chunks
 
-    return sum(
-        count_chunks(prompts.num_rows(split) * rollouts_per_row(prompts, split, config.columns))
+    return {
+        split: count_chunks(
+            prompts.num_rows(split) * rollouts_per_row(prompts, split, config.columns)
+        )
         for split in prompts.splits()
-    )
+    }
 
 
-def _wait(output: store.Run, total: int) -> None:
-    """Wait until the journals of all processes hold every chunk.
-
-    A process that fails takes the others with it: its launcher ends them.
-    """
-    pause = 0.1
-    while (done := len({record["chunk"] for record in output.journals()})) < total:
-        time.sleep(pause)
-        pause = min(2 * pause, 60.0)
-        if pause > 10:
-            print(f"{done} of {total} chunks are scored; waiting for the other processes")
-
-
-def _write(config: Config, output: store.Run, prompts: store.Repo, reward_model: str) -> None:
+def _write(
+    config: Config,
+    output: store.Run,
+    prompts: store.Repo,
+    records: "Records",
+    reward_model: str,
+) -> None:
     """Write the rows in the input's order."""
     from pipeline.rewards.summary import Summary
-    from pipeline.scoring import Records
 
-    records = Records(sorted(output.work.glob("journal-*.jsonl")))
     summary = Summary()
     splits = {
         split: _batches(config, prompts, split, records, reward_model, summary)

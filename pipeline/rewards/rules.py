@@ -36,10 +36,9 @@ _MINUS = "\u2212"
 
 def guessing_game_rule(messages: Sequence[Message], info: dict[str, Any]) -> float | str:
     """Score how far the interval that is still possible has shrunk, 0..1."""
-    low, secret, high = numbers = [info.get(name) for name in ("low", "secret", "high")]
-    if not all(isinstance(number, int) for number in numbers):
+    if not all(isinstance(info.get(name), int) for name in ("low", "secret", "high")):
         return "no_game"
-    if not (low <= secret <= high and low < high):
+    if not (info["low"] <= info["secret"] <= info["high"] and info["low"] < info["high"]):
         return "no_game"
     said = [spoken(message) for message in messages if message.get("role") == "assistant"]
     return guessing_game.score(info, said)
@@ -50,7 +49,8 @@ def final_answer_rule(messages: Sequence[Message], info: dict[str, Any]) -> floa
 
     The answer is what the last \boxed{} holds, or the number after the last "####", or the last
     number; `info["answer"]` is what its \boxed{} holds, or what follows "####", or all of it.
-    "1,000", "1000.0", "$1000" and "1e3" are equal; so are "1/2", "0.5" and \frac{1}{2}. "50%" is 50.
+    "1,000", "1000.0", "$1000" and "1e3" are equal; so are "1/2", "0.5" and \frac{1}{2}; "50%" is
+    50.
     """
     if info.get("answer") is None:
         return "no_answer"
