@@ -74,16 +74,19 @@ class Language:
         self.words = [self._word(draw) for _ in range(LEXICON)]
         weights = 1 / np.arange(10, LEXICON + 10)
         self.weights = weights / weights.sum()
-        self._sample = [self.text(draw, 100) for _ in range(400)]
         # Headers as often as a dialogue has them.
-        texts = [*self._sample, *["user\n\n", "assistant\n\n"] * 200]
+        texts = [*self._texts(draw), *["user\n\n", "assistant\n\n"] * 200]
         self.tokenizer = train_tokenizer(texts, min(vocabulary, MERGED))
 
     @cached_property
     def ids_per_word(self) -> float:
-        """How many ids a word takes, with its share of stops and numbers."""
-        counts = [len(ids) for ids in self.tokenizer(self._sample)["input_ids"]]
+        """How many ids a word takes in text that the tokenizer wasn't trained on."""
+        draw = np.random.default_rng([self.seed, 1])
+        counts = [len(ids) for ids in self.tokenizer(self._texts(draw))["input_ids"]]
         return sum(counts) / (100 * len(counts))
+
+    def _texts(self, draw: np.random.Generator) -> list[str]:
+        return [self.text(draw, 100) for _ in range(400)]
 
     def _word(self, draw: np.random.Generator) -> str:
         parts = (ONSETS, VOWELS, CODAS)

@@ -13,13 +13,15 @@ from _workload import Shape
 class Figures:
     """`works`: what each way reads at the least, of all rollouts; `timed`: what the seed's read.
 
-    `seconds` are of all rollouts, by block; `ceiling`: FLOP/s of a large product of matrices.
+    `seconds` are of all rollouts, by block, and `cpu_s` those of the processor; `ceiling`: FLOP/s
+    of a large product of matrices.
     """
 
     shape: Shape
     rollouts: int
     works: dict[str, Work]
     seconds: dict[str, list[float]]
+    cpu_s: dict[str, float]
     ceiling: float
 
     def total_s(self, way: str) -> float:
@@ -44,7 +46,8 @@ def figures_of(
     """Put them together; the seed's time for all rollouts follows from the FLOPs of its share."""
     scale = works["seed"].flops(shape) / timed.flops(shape)
     seconds = dict(found.seconds) | {"seed": [scale * s for s in found.seconds["seed"]]}
-    return Figures(shape, rollouts, works, seconds, ceiling)
+    cpu_s = dict(found.cpu_s) | {"seed": scale * found.cpu_s["seed"]}
+    return Figures(shape, rollouts, works, seconds, cpu_s, ceiling)
 
 
 def print_figures(figures: Figures) -> None:
@@ -66,7 +69,11 @@ def print_figures(figures: Figures) -> None:
 def _print_ratio(figures: Figures, way: str) -> None:
     ratio = figures.ratio(way)
     seed = figures.works["seed"]
-    print(f"{way} turns: {ratio:.2f} times the seed's way; {_by_block(figures, way)} by block")
+    cpu = figures.cpu_s["seed"] / figures.cpu_s[way]
+    print(
+        f"{way} turns: {ratio:.2f} times the seed's way; {_by_block(figures, way)} by block;"
+        f" {cpu:.2f} by processor time"
+    )
     for name, label in ((way, "each rollout read whole"), (f"{way}, shared", "prefixes shared")):
         work = figures.works[name]
         ids = seed.ids / work.ids

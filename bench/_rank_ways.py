@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,23 +46,42 @@ class Setup:
 
 @dataclass
 class Found:
-    """By work: the seconds of each block and the scores of all; and the peak of ours."""
+    """By work: the seconds of each block, the processor's of all, the scores; the peak of ours."""
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cpu_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     scores: dict[str, Scores] = field(default_factory=lambda: defaultdict(dict))
     peak_bytes: int = 0
+
+    @contextmanager
+    def timing(self, work: str) -> Iterator[None]:
+        """Time a block."""
+        watch, cpu_s = Stopwatch(), time.process_time()
+        watch.start()
+        yield
+        watch.stop()
+        self.seconds[work].append(watch.seconds)
+        self.cpu_s[work] += time.process_time() - cpu_s
+
+    def last(self) -> str:
+        """Say what the last block took."""
+        return ", ".join(f"{work} {values[-1]:.1f} s" for work, values in self.seconds.items())
 
 
 class SeedWay:
     """One prefix at a time, with as many threads as are fastest for that."""
 
-    def __init__(self, setup: Setup, first: Chunk) -> None:
-        """Load the model, warm up and choose the threads."""
+    def __init__(self, setup: Setup) -> None:
+        """Load the model."""
         self.setup = setup
         self.model = SeedRank(setup.folder, setup.device, setup.dtype)
-        rollout = first.rollouts[0]
-        self.model.rank(rollout.messages, setup.turns)
-        self.threads = min({1, setup.threads}, key=lambda count: self._tried(count, rollout))
+        self.threads = setup.threads
+
+    def warm_up(self, first: Chunk) -> None:
+        """Score a dialogue, then choose the threads by it."""
+        rollout = first.rollouts[-1]
+        self._tried(self.threads, rollout)
+        self.threads = min({1, self.threads}, key=lambda count: self._tried(count, rollout))
 
     def _tried(self, threads: int, rollout: Rollout) -> float:
         torch.set_num_threads(threads)
@@ -71,20 +91,17 @@ class SeedWay:
     def run(self, block: Sequence[Chunk], found: Found) -> None:
         """Score every turn of its share of the block."""
         torch.set_num_threads(self.threads)
-        watch = Stopwatch()
-        watch.start()
-        for rollout in seed_share(block, self.setup.seed_every):
-            scores = self.model.rank(rollout.messages, self.setup.turns)
-            found.scores["seed"][rollout.key] = list(scores)
-        watch.stop()
-        found.seconds["seed"].append(watch.seconds)
+        with found.timing("seed"):
+            for rollout in seed_share(block, self.setup.seed_every):
+                scores = self.model.rank(rollout.messages, self.setup.turns)
+                found.scores["seed"][rollout.key] = list(scores)
 
 
 class OurWay:
     """The stage's own loop over chunks, all turns and then the needed ones."""
 
-    def __init__(self, setup: Setup, first: Chunk) -> None:
-        """Load the model and warm up."""
+    def __init__(self, setup: Setup) -> None:
+        """Load the model, which probes itself."""
         torch.set_num_threads(setup.threads)
         self.setup = setup
         settings = Settings(
@@ -93,6 +110,9 @@ class OurWay:
             max_tokens_per_batch=setup.max_tokens_per_batch,
         )
         self.model = load_reward(str(setup.folder), settings)
+
+    def warm_up(self, first: Chunk) -> None:
+        """Score a chunk."""
         list(score_chunks(self.model, [first], "needed"))
 
     def run(self, block: Sequence[Chunk], found: Found) -> None:
@@ -102,15 +122,12 @@ class OurWay:
             # The model is there before: what is counted is what it takes to score.
             peak = PeakMemory(lambda: ())
             peak.start()
-            watch = Stopwatch()
-            watch.start()
-            for chunk, records in score_chunks(self.model, block, which):
-                keys = [rollout.key for rollout in chunk.rollouts]
-                rewards = [record["rewards"] for record in records]
-                found.scores[which] |= dict(zip(keys, rewards, strict=True))
-            watch.stop()
+            with found.timing(which):
+                for chunk, records in score_chunks(self.model, block, which):
+                    keys = [rollout.key for rollout in chunk.rollouts]
+                    rewards = [record["rewards"] for record in records]
+                    found.scores[which] |= dict(zip(keys, rewards, strict=True))
             peak.stop()
-            found.seconds[which].append(watch.seconds)
             found.peak_bytes = max(found.peak_bytes, peak.peak_bytes)
 
 

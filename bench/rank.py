@@ -148,11 +148,13 @@ def time_ways(config: Config, setup: Setup, rollouts: list[Rollout]) -> Found:
     for names in [[name] for name in WAYS] if config.alone else [list(WAYS)]:
         ways = {}
         for name in names:
-            seconds, ways[name] = timed(partial(WAYS[name], setup, chunks[0]))
-            print(f"loaded and warmed up, {name}: {seconds:.1f} s", flush=True)
+            seconds, ways[name] = timed(partial(WAYS[name], setup))
+            print(f"loaded in {seconds:.1f} s, which isn't counted: {name}", flush=True)
+            ways[name].warm_up(chunks[0])
         for block in blocks:
             for way in ways.values():
                 way.run(block, found)
+            print(f"  {found.last()}", flush=True)
         del ways, way
         gc.collect()
         torch.cuda.empty_cache()

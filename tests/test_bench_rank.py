@@ -124,8 +124,10 @@ def test_the_seeds_time_for_all_follows_from_the_flops_of_its_share():
     works = {"seed": Work(40, 80), "all": Work(10, 20), "all, shared": Work(5, 10)}
     works |= {"needed": Work(8, 9), "needed, shared": Work(8, 9)}
     found = Found(seconds={"seed": [1.0, 2.0], "all": [2.0, 3.0], "needed": [1.0, 1.0]})
+    found.cpu_s |= {"seed": 5.0, "all": 4.0, "needed": 2.0}
     figures = figures_of(shape, 4, works, Work(20, 40), found, ceiling=100.0)
     assert figures.seconds["seed"] == [2.0, 4.0]
+    assert figures.cpu_s == {"seed": 10.0, "all": 4.0, "needed": 2.0}
     assert (figures.ratio("all"), figures.ratio("needed")) == (1.2, 3.0)
     assert figures.matmul_share("all") == pytest.approx((2 * 34 * 5 + 8 * 10) / 5.0 / 100.0)
     assert isinstance(figures, Figures)
