@@ -1,4 +1,4 @@
-"""The only module that touches a chat template: render, bridge between turns, find spans.
+"""What a policy sees and says, through its chat template: prompts, bridges, whole dialogues.
 
 Engines get ids, never text. Sampled ids are never decoded and encoded again: what follows a
 policy turn is the template's own text between that turn and the next, appended to the ids. Only
@@ -7,7 +7,6 @@ what a template writes anew is encoded anew.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from pipeline.dialogues import (
@@ -28,17 +27,12 @@ from pipeline.page_ids import Encoded as Encoded
 from pipeline.page_ids import PageIds
 from pipeline.pages import Page, Pages
 from pipeline.records import Message
+from pipeline.rendering import Renderer
 from pipeline.shield import Shield
 from pipeline.thoughts import END_THINK, THINK, THINK_TAGS, parted
 
 AT_ONCE = 64
 """Dialogues that are encoded in one call: enough for every core, few enough for the memory."""
-OURS = (
-    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message"),
-    *("strftime_now", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
-    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
-)
-"""What no variable of a template may be called: chat.py or `apply_chat_template` sets it."""
 
 
 class Chat:
@@ -59,7 +53,7 @@ class Chat:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._variables = _variables(template_kwargs or {})
+        self._render = Renderer(tokenizer, date, template_kwargs or {})
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"{name} is no fast tokenizer: convert it, tokenizer.json is needed")
@@ -68,8 +62,6 @@ class Chat:
                 f"{name} has no chat template; use an instruction-tuned model, or put a "
                 "chat_template.jinja beside its tokenizer.json"
             )
-        day = datetime.fromisoformat(date)
-        self._now = day.strftime
         added = tokenizer.added_tokens_decoder
         # Templates look for a thought's tags, so they are text even where they are special tokens.
         special = {
@@ -167,24 +159,6 @@ class Chat:
             return self._page_ids.encode_covered(page, cover)
         except RowError as error:
             return error
-
-    def _render(
-        self, messages: list[dict[str, Any]], tools: list | None, generation_prompt: bool = True
-    ) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                strftime_now=self._now,
-                **self._variables,
-            )
-        # Templates also fail as Python does: None + "text", a list taken for a string.
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RowError(TEMPLATE_ERROR, str(error)) from None
 
     def _encode(
         self, messages: Messages, tools: str | None, part: Callable[[str], str]
@@ -309,14 +283,6 @@ class Chat:
         return self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-
-
-def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
-    if taken := sorted(set(given) & set(OURS)):
-        raise DataError(
-            f"a template's variable can't be named {', '.join(taken)}: Turnwise sets it itself"
-        )
-    return dict(given)
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
