@@ -2,15 +2,18 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
+
+_TICKED_TURNS = 20
+_LABEL_CHARS = 48
 
 
 def score_by_turn(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw the mean score at each turn with its 95% interval, one line for each policy."""
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _axes(4.2)
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     for index, policy in enumerate(policies):
         mine = [row for row in rows if row["policy"] == policy]
@@ -20,21 +23,76 @@ def score_by_turn(rows: Sequence[Mapping[str, Any]]) -> bytes:
             [row["turn"] + 1 + shift for row in mine],
             [row["score"] for row in mine],
             yerr=[row["score_half_width"] for row in mine],
-            label=policy,
+            label=_label(policy),
             color=_shade(index, len(policies)),
             marker="o",
             markersize=4,
             capsize=3,
         )
-    axes.set_xticks(sorted({row["turn"] + 1 for row in rows}))
+    turns = sorted({row["turn"] + 1 for row in rows})
+    if len(turns) <= _TICKED_TURNS:
+        axes.set_xticks(turns)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("turn")
     axes.set_ylabel("mean score (95% interval)")
     axes.grid(alpha=0.3)
     axes.legend(title="policy", fontsize=8)
+    return _png(figure)
+
+
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[int],
+    title: str,
+    axis_names: tuple[str, str],
+    mean: float,
+) -> bytes:
+    """Draw counts between edges (one more of these) and the mean; names of the axes: x, y.
+
+    One bar whose edges are equal stands for numbers that are all the same.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(3.4)
+    if edges[0] == edges[-1]:
+        axes.bar([0], counts, width=0.1, color=_shade(1, 3))
+        axes.set_xlim(-1, 1)
+        axes.set_xticks([0], [f"all are {edges[0]:.6g}"])
+    else:
+        widths = [right - left for left, right in pairwise(edges)]
+        axes.bar(edges[:-1], counts, width=widths, align="edge", color=_shade(1, 3), linewidth=0)
+        axes.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"mean {mean:.4g}")
+        axes.legend(fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{title} ({sum(counts):,} {axis_names[1]})", fontsize=10)
+    axes.set_xlabel(axis_names[0])
+    axes.set_ylabel(axis_names[1])
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
+    return _png(figure)
+
+
+def _axes(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     # No creation date and no version in the file, so the same numbers give the same bytes.
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _label(name: str) -> str:
+    """Return a name as matplotlib shows it: one line, no mathematics, the end where it's long."""
+    line = " ".join(name.split())
+    line = line if len(line) <= _LABEL_CHARS else "…" + line[1 - _LABEL_CHARS :]
+    # A label that begins with _ would be left out of the legend.
+    return (" " if line.startswith("_") else "") + line.replace("$", r"\$")
 
 
 def _shade(index: int, count: int) -> Any:

@@ -6,7 +6,7 @@ Under accelerate launch or torchrun the processes share the rows.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -264,16 +264,18 @@ def _write(
 ) -> None:
     """Write the rows in the input's order."""
     from pipeline.rewards.summary import Summary
+    from pipeline.rewards.telling import show
 
-    summary = Summary()
+    total = Summary()
+    by_split = {split: Summary() for split in prompts.splits()}
     splits = {
-        split: _batches(config, prompts, split, records, reward_model, summary)
-        for split in prompts.splits()
+        split: _batches(config, prompts, split, records, reward_model, (total, by_split[split]))
+        for split in by_split
     }
     # The store reads these after the rows, which fill them as they pass: one pass, flat memory.
     told: dict[str, dict[str, Any]] = {"counts": {}, "extra": {}, "pictures": {}, "card": {}}
     last = prompts.splits()[-1]
-    splits[last] = _then(splits[last], lambda: _tell(config, summary, told))
+    splits[last] = _then(splits[last], lambda: _tell(config, total, by_split, told))
     output.write(
         splits,
         counts=told["counts"],
@@ -281,7 +283,7 @@ def _write(
         pictures=told["pictures"],
         card=told["card"],
     )
-    _print(summary)
+    show(total)
 
 
 def _batches(
@@ -290,7 +292,7 @@ def _batches(
     split: str,
     records: "Records",
     reward_model: str,
-    summary: "Summary",
+    summaries: Sequence["Summary"],
 ) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
 
@@ -301,10 +303,12 @@ def _batches(
 
     rollouts = rollouts_of(prompts, split, config.columns)
     for window in ranked_windows(rollouts, split, records, reward_model):
-        for rollout in window:
-            summary.add(rollout)
+        for summary in summaries:
+            for rollout in window:
+                summary.add(rollout)
         yield pa.RecordBatch.from_pylist([rollout_row(item) for item in window], schema=RANKED)
-    summary.close_prompt()
+    for summary in summaries:
+        summary.close_prompt()
 
 
 def _then(
@@ -314,22 +318,19 @@ def _then(
     finish()
 
 
-def _tell(config: Config, summary: "Summary", told: dict[str, dict[str, Any]]) -> None:
-    from pipeline.pictures import score_by_turn
+def _tell(
+    config: Config,
+    total: "Summary",
+    by_split: Mapping[str, "Summary"],
+    told: dict[str, dict[str, Any]],
+) -> None:
+    from pipeline.rewards.telling import extra, pictures, tables
 
-    told["counts"].update(rows_in=summary.rows, **summary.counts())
-    told["extra"].update(summary.extra())
-    told["card"].update(tables=[summary.table()])
-    if rows := summary.picture_rows(config.reward_model):
-        told["pictures"]["reward_by_turn.png"] = score_by_turn(rows)
-
-
-def _print(summary: "Summary") -> None:
-    for turn, tally in sorted(summary.turns.items()):
-        mean = f"mean {tally.mean:.4g}" if tally.scores else "no score"
-        print(f"turn {turn + 1}: {mean}, {tally.scores} scores, {tally.missing} without")
-    for reason, count in summary.errors.most_common():
-        print(f"no score: {reason}: {count}")
+    splits = by_split if len(by_split) > 1 else {}
+    told["counts"].update(total.counts())
+    told["extra"].update(extra(total, splits))
+    told["card"].update(tables=tables(total, splits))
+    told["pictures"].update(pictures(config.reward_model, total))
 
 
 if __name__ == "__main__":

@@ -143,14 +143,22 @@ def test_manifest_and_card_tell_the_scores(tmp_path: Path) -> None:
     assert first["sd"] == pytest.approx(
         math.sqrt((4 * (0.2 - mean) ** 2 + 2 * (1 - mean) ** 2) / 5)
     )
-    assert told["extra"]["within_prompt"] == {
-        "prompts": 3,
-        "mean_gap": pytest.approx(gap / 3),
-        "ties": 2,
+    within = told["extra"]["within_prompt"]
+    assert (within["prompts"], within["ties"]) == (3, 2)
+    assert within["prompts_with_fewer_than_two_scores"] == 1
+    assert within["gap"]["mean"] == pytest.approx(gap / 3)
+    assert (within["gap"]["median"], within["gap"]["max"]) == (0.0, pytest.approx(gap))
+    assert told["extra"]["at_score_turn"]["n"] == 6
+    assert told["extra"]["shares"] == {
+        "scored": pytest.approx(8 / 9),
+        "empty_response": pytest.approx(1 / 9),
     }
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Within a prompt" in card and "| ties | 2 |" in card
-    assert (tmp_path / "out" / "pictures" / "reward_by_turn.png").read_bytes()[1:4] == b"PNG"
+    assert "| empty&#95;response | 1 | 11.1% |" in card
+    for name in ("reward_by_turn", "rewards", "gaps"):
+        assert f"pictures/{name}.png" in card
+        assert (tmp_path / "out" / "pictures" / f"{name}.png").read_bytes()[1:4] == b"PNG"
 
 
 def dying(folder: Path) -> str:

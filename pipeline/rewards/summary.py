@@ -1,27 +1,34 @@
-"""What a ranked repo's manifest and card tell: reward by turn, reasons, gaps within a prompt."""
+"""What a ranked repo's rewards come to: by turn, by status, at the score turn, within a prompt."""
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.cards import Tally
-from pipeline.comparison import Z95
 from pipeline.records import NO_SCORE, Rollout
+from pipeline.rewards.spread import Spread
+
+OTHERS = "other reasons"
+_MOST_REASONS = 1000
+_SHOWN_REASONS = 20
+_MOST_PARTS = 100
 
 
 @dataclass
 class Summary:
     """Counts over a stream of ranked rollouts in which the rollouts of a prompt are neighbours.
 
-    `gap`: the best minus the worst score of a prompt's rollouts at their score turns; a tie is a
-    gap of 0, and gives no pair.
+    `score`: rewards at the score turn. `gap`: the best minus the worst of a prompt's; a tie is a
+    gap of 0, and gives no pair. `lone`: prompts with fewer than two scores. Memory is bounded.
     """
 
     rows: int = 0
     turns: dict[int, Tally] = field(default_factory=dict)
-    errors: Counter[str] = field(default_factory=Counter)
-    gap: Tally = field(default_factory=Tally)
+    score: Spread = field(default_factory=Spread)
+    gap: Spread = field(default_factory=Spread)
     ties: int = 0
+    lone: int = 0
+    parts: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    _errors: Counter[str] = field(default_factory=Counter)
     _prompt: str | None = None
     _scores: list[float] = field(default_factory=list)
 
@@ -35,10 +42,24 @@ class Summary:
         for turn, value in enumerate(rewards):
             if value is not None:
                 self.turns.setdefault(turn, Tally()).add(value)
-        self.errors.update(error for error in rollout.reward_errors or [] if error)
+        for error in rollout.reward_errors or []:
+            if error:
+                known = error in self._errors or len(self._errors) < _MOST_REASONS
+                self._errors[error if known else OTHERS] += 1
+        self._add_parts(rollout)
         score = rewards[rollout.score_turn] if 0 <= rollout.score_turn < len(rewards) else None
         if score is not None and score != NO_SCORE:
+            self.score.add(score)
             self._scores.append(score)
+
+    def _add_parts(self, rollout: Rollout) -> None:
+        for part in rollout.reward_parts or []:
+            key = (part.name, part.kind)
+            if key in self.parts or len(self.parts) < _MOST_PARTS:
+                tally = self.parts.setdefault(key, Tally())
+                for value in part.values:
+                    if value is not None:
+                        tally.add(value)
 
     def close_prompt(self) -> None:
         """Count the gap of the prompt whose rollouts have all been seen."""
@@ -46,52 +67,30 @@ class Summary:
             gap = max(self._scores) - min(self._scores)
             self.gap.add(gap)
             self.ties += gap == 0
-        self._scores = []
+        elif self._prompt is not None:
+            self.lone += 1
+        self._scores, self._prompt = [], None
+
+    def scored(self) -> int:
+        """Return how many turns have a score."""
+        return sum(tally.scores for tally in self.turns.values())
+
+    def asked(self) -> int:
+        """Return how many turns were asked for."""
+        return self.scored() + sum(self._errors.values())
+
+    def errors(self) -> dict[str, int]:
+        """Return reason -> turns, the commonest first; rare ones beyond _SHOWN_REASONS together."""
+        named = sorted(
+            ((reason, n) for reason, n in self._errors.items() if reason != OTHERS),
+            key=lambda item: (-item[1], item[0]),
+        )
+        shown = dict(named[:_SHOWN_REASONS])
+        if others := sum(self._errors.values()) - sum(shown.values()):
+            shown[OTHERS] = others
+        return shown
 
     def counts(self) -> dict[str, int]:
         """Return the scores given, and those that there are none of by reason."""
-        scores = sum(tally.scores for tally in self.turns.values())
-        return {
-            "scores": scores,
-            **{f"no_score_{reason}": n for reason, n in self.errors.most_common()},
-        }
-
-    def extra(self) -> dict[str, Any]:
-        """Return the manifest's part: by turn, and within a prompt."""
-        return {
-            "reward_by_turn": [
-                {"turn": turn, "n": tally.scores, "mean": tally.mean, "sd": _none(tally.deviation)}
-                for turn, tally in sorted(self.turns.items())
-                if tally.scores
-            ],
-            "reward_errors": dict(self.errors),
-            "within_prompt": {
-                "prompts": self.gap.scores,
-                "mean_gap": self.gap.mean if self.gap.scores else None,
-                "ties": self.ties,
-            },
-        }
-
-    def table(self) -> dict[str, Any]:
-        """Return the card's table of how far the rollouts of a prompt are apart."""
-        rows = [["prompts with two scores or more", self.gap.scores], ["ties", self.ties]]
-        if self.gap.scores:
-            rows.append(["mean gap between the best and the worst", self.gap.mean])
-        return {"title": "Within a prompt", "columns": ["at the score turn", ""], "rows": rows}
-
-    def picture_rows(self, name: str) -> list[dict[str, Any]]:
-        """Return what pictures.score_by_turn draws."""
-        return [
-            {
-                "policy": name,
-                "turn": turn,
-                "score": tally.mean,
-                "score_half_width": (_none(tally.deviation) or 0.0) * Z95 / tally.scores**0.5,
-            }
-            for turn, tally in sorted(self.turns.items())
-            if tally.scores
-        ]
-
-
-def _none(value: float) -> float | None:
-    return None if value != value else value
+        none = {f"no_score_{reason}": turns for reason, turns in self.errors().items()}
+        return {"rows_in": self.rows, "scores": self.scored(), **none}
