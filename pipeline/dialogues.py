@@ -52,10 +52,13 @@ def tool_schemas(tools: str | None) -> list | None:
 
 
 def mark(
-    messages: list[dict[str, Any]], turn: int, thought: bool = False
+    messages: list[dict[str, Any]], turn: int, thought: bool = False, page: str = ""
 ) -> tuple[list[dict[str, Any]], str]:
-    """Replace what an assistant message says, or thinks, by one character found nowhere else."""
-    (marker,) = unused_characters("".join(strings_of(messages)), 1)
+    """Replace what an assistant message says, or thinks, by one character found nowhere else.
+
+    `page`: where it isn't found either.
+    """
+    (marker,) = unused_characters("".join([page, *strings_of(messages)]), 1)
     said = assistant("", reasoning_content=marker) if thought else assistant(marker)
     return [*messages[:turn], said, *messages[turn + 1 :]], marker
 

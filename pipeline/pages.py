@@ -153,7 +153,7 @@ class Pages:
     ) -> tuple[int, int]:
         """Locate an assistant message on its page: where it starts, and where its content ends."""
         before = self._render(said[:turn], tools)
-        marked, marker = mark(said, turn)
+        marked, marker = mark(said, turn, page=page)
         lead, _, rest = self._render(marked, tools, generation_prompt=False).partition(marker)
         text = page[len(before) : len(page) - len(rest)]
         known = page.startswith(before) and page == before + text + rest

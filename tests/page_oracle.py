@@ -44,7 +44,7 @@ def _turn(
     chat: Chat, page: str, said: list[dict[str, Any]], turn: int, schemas: list[Any] | None
 ) -> tuple[int, int]:
     before = chat._render(said[:turn], schemas)
-    marked, marker = mark(said, turn)
+    marked, marker = mark(said, turn, page=page)
     lead, _, rest = chat._render(marked, schemas, generation_prompt=False).partition(marker)
     text = page[len(before) : len(page) - len(rest)]
     if page != before + text + rest or not spells(text, said[turn], lead.removeprefix(before)):
