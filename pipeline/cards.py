@@ -27,7 +27,7 @@ _SAMPLE_CHARS = 700
 _SAMPLE_MESSAGES = 12
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 # Markup of Markdown that html.escape leaves alone, and what turns the reading direction.
-_MARKUP = re.compile(r"[\\`*_{}\[\]()#|~!\n\r]")
+_MARKUP = re.compile(r"[\\`*_{}\[\]()#|~!$\n\r]")
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -9,7 +9,7 @@ _TICKED_TURNS = 20
 _LABEL_CHARS = 48
 
 
-def score_by_turn(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def score_by_turn(rows: Sequence[Mapping[str, Any]], legend: str = "policy") -> bytes:
     """Draw the mean score at each turn with its 95% interval, one line for each policy."""
     from matplotlib.ticker import MaxNLocator
 
@@ -37,7 +37,7 @@ def score_by_turn(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes.set_xlabel("turn")
     axes.set_ylabel("mean score (95% interval)")
     axes.grid(alpha=0.3)
-    axes.legend(title="policy", fontsize=8)
+    axes.legend(title=legend, fontsize=8)
     return _png(figure)
 
 
@@ -65,7 +65,7 @@ def histogram(
         axes.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"mean {mean:.4g}")
         axes.legend(fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"{title} ({sum(counts):,} {axis_names[1]})", fontsize=10)
+    axes.set_title(f"{title} (n = {sum(counts):,})", fontsize=10)
     axes.set_xlabel(axis_names[0])
     axes.set_ylabel(axis_names[1])
     axes.grid(alpha=0.3, axis="y")

@@ -119,6 +119,7 @@ def test_numbers_of_every_kind(tmp_path: Path, value: str, number: float) -> Non
         ("{'reward': 1, 'parts': {'a': 'b'}}", DataError, "returned 'b'"),
         ("{'reward': 1, 'parts': {'a': float('nan')}}", EngineError, "returned nan"),
         ("float('inf')", EngineError, "returned inf"),
+        ("-1e101", EngineError, "returned -1e"),
         ("10 ** 400", EngineError, "returned 1000"),
         ("10 ** 9999", EngineError, "a huge int"),
     ],

@@ -12,6 +12,8 @@ from pipeline.records import NO_SCORE
 REASON_CHARS = 200
 """A reason is one line of at most so many characters; what is longer ends with an ellipsis."""
 NAME_CHARS = 100
+MOST = 1e100
+"""The largest score: what is beyond would make means and spreads infinite."""
 
 Value = float | str | None
 """A score, the reason why there is none, or neither."""
@@ -127,7 +129,7 @@ def _number(value: Any, where: str) -> float:
         number = float(value)
     except (OverflowError, ValueError):
         number = math.nan  # an int beyond float64, Decimal("sNaN")
-    if not math.isfinite(number):
+    if not abs(number) <= MOST:
         raise EngineError(f"{where} returned {_shown(value)}: a fault of the function, not a score")
     if number == NO_SCORE:
         raise DataError(f"{where} returned {number:g}, which stands for no score; {_EXPECTED}")

@@ -9,7 +9,8 @@ from pipeline.rewards.spread import Spread
 from pipeline.rewards.summary import Summary
 
 _BARS = 30
-_QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
+_STATUS_CHARS = 40
+_QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 
 def extra(total: Summary, splits: Mapping[str, Summary]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def pictures(name: str, total: Summary) -> dict[str, bytes]:
 
     drawn = {}
     if rows := _by_turn(name, total):
-        drawn["reward_by_turn.png"] = score_by_turn(rows)
+        drawn["reward_by_turn.png"] = score_by_turn(rows, "reward model")
     for file, spread, title, value, unit in (
         ("rewards.png", total.score, "Rewards at the score turn", "reward", "rollouts"),
         (
@@ -163,9 +164,12 @@ def show(summary: Summary) -> None:
         [turn + 1, tally.scores, _cell(tally), tally.missing]
         for turn, tally in sorted(summary.turns.items())
     ]
-    _print("Reward by turn", ["turn", "scored", "mean ± sd", "no score"], by_turn)
-    statuses = [[name, turns, f"{share:.1%}"] for name, turns, share in _statuses(summary)]
-    _print("Turns that were asked for", ["status", "turns", "share"], statuses)
+    _print(["turn", "scored", "mean ± sd", "no score"], by_turn)
+    statuses = [
+        [name if len(name) <= _STATUS_CHARS else f"{name[:_STATUS_CHARS]}…", turns, f"{share:.1%}"]
+        for name, turns, share in _statuses(summary)
+    ]
+    _print(["status", "turns", "share of those asked for"], statuses)
     gap = summary.gap.tally
     told = f"mean gap {gap.mean:.4g}, {summary.ties} ties" if gap.scores else "no gap"
     print(
@@ -182,13 +186,13 @@ def _cell(tally: Tally) -> str:
     return f"{tally.mean:.4g}" + (f" ± {deviation:.3g}" if deviation is not None else "")
 
 
-def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _print(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column == "status" else "right", overflow="fold")
     for row in rows:
