@@ -30,10 +30,13 @@ Scores = dict[tuple[str, int], list[float | None]]
 """By the rollout's key; None where a turn wasn't asked for."""
 RANK = Path(__file__).parents[1] / "stages" / "rank.py"
 
+TRIES = 4
+"""Of each count of threads; the first ones only warm up."""
+
 
 @dataclass(frozen=True)
 class Setup:
-    """What the ways share. `seed_every`: the seed scores every so manieth prompt of a block."""
+    """What the ways share. `seed_every`: the seed scores one prompt in so many."""
 
     folder: Path
     turns: int
@@ -78,10 +81,12 @@ class SeedWay:
         self.threads = setup.threads
 
     def warm_up(self, first: Chunk) -> None:
-        """Score a dialogue, then choose the threads by it."""
+        """Score a dialogue some times, and take the threads that were fastest at it."""
         rollout = first.rollouts[-1]
-        self._tried(self.threads, rollout)
-        self.threads = min({1, self.threads}, key=lambda count: self._tried(count, rollout))
+        counts = sorted({1, self.threads})
+        tries = [(self._tried(count, rollout), count) for _ in range(TRIES) for count in counts]
+        _, self.threads = min(tries[len(counts) :])
+        print(f"threads of the seed's way: {self.threads}", flush=True)
 
     def _tried(self, threads: int, rollout: Rollout) -> float:
         torch.set_num_threads(threads)
@@ -141,7 +146,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def seed_share(block: Sequence[Chunk], every: int) -> list[Rollout]:
-    """Return the rollouts of every so manieth prompt of some chunks, the first one among them."""
+    """Return the rollouts of one prompt in so many of some chunks, beginning with the first."""
     rollouts = [rollout for chunk in block for rollout in chunk.rollouts]
     prompts = list(dict.fromkeys(rollout.prompt_id for rollout in rollouts))
     chosen = set(prompts[::every])

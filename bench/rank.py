@@ -59,8 +59,8 @@ class Config:
     blocks: int = 5
     """How often the ways take turns on a CPU."""
     seed_every: int = 0
-    """The seed's way scores every so manieth prompt of a block; 0 is all on a CPU, every fourth on
-    a GPU. Its time for all of them follows from the FLOPs."""
+    """The seed's way scores one prompt in so many of a block, and its time for all of them follows
+    from the FLOPs; 0 is 1 on a CPU and 4 on a GPU."""
     tolerance: float = 0.0
     """How far scores may be apart, relative to the score and at least to 1; 0 is 1e-4 in float32
     and 2e-2 in bfloat16."""
