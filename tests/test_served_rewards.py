@@ -347,7 +347,7 @@ def test_closing_calls_off_what_waits(folder: Path) -> None:
     free = threading.Event()
 
     def stuck(body: dict[str, Any]) -> Answer:
-        free.wait(60)
+        free.wait(10)
         return pooled(body)
 
     with fake_pooling(stuck) as fake, ThreadPoolExecutor(4) as pool:
