@@ -179,6 +179,12 @@ def test_what_the_normalizer_changes_is_not_counted_in_bytes() -> None:
     ids, ((start, end),) = chat.encode_dialogue(said)
     assert chat.decode(ids[start:end]) == "So."
     assert (ids, [(start, end)]) == encoded_slowly(chat, said, None)
+    # Here it takes away as many bytes as it adds: the sum is right, and the places aren't.
+    said = [
+        {"role": "user", "content": "\u0958"},
+        {"role": "assistant", "content": "e\u0301e\u0301e\u0301"},
+    ]
+    assert chat.encode_dialogue(said) == encoded_slowly(chat, said, None)
 
 
 def test_settings_of_the_tokenizer_change_nothing() -> None:

@@ -128,6 +128,21 @@ def test_a_generation_prompt_that_depends_on_contents() -> None:
     assert turns(chat, dialogue("Hi.", "Hello.")) == ["Hello.<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("test", "blank"),
+    [("not messages[-1].content | trim", "\n"), ("messages[-1].content.lstrip() == 'Hm'", " Hm")],
+)
+def test_a_generation_prompt_that_depends_on_blanks(test: str, blank: str) -> None:
+    """No page without a generation prompt shows it; so contents with blanks are looked up anew."""
+    prompt = f"assistant\\n' }}}}{{%- if {test} %}}{{{{- '-' }}}}{{%- endif %}}"
+    chat = chat_of(
+        LOOP + "{{- message.content }}" + END + PROMPT.replace("assistant\\n' }}", prompt)
+    )
+    assert chat._pages._needles is not None
+    assert turns(chat, dialogue("Hi.", "Hello.")) == ["Hello.<|im_end|>"]
+    assert turns(chat, dialogue(blank, "Hello.")) == "span_unproven"
+
+
 @pytest.mark.parametrize("template", [TWICE, LAST_FIRST])
 def test_a_page_that_does_not_show_its_turns_is_unproven(template: str) -> None:
     chat = chat_of(template)
@@ -144,7 +159,7 @@ def test_contents_that_are_written_as_json_have_no_outline() -> None:
     assert turns(chat, dialogue("Hi.", 'Say "Hello."')) == "span_unproven"
 
 
-@pytest.mark.parametrize("private", ["\ue000", "\\ue000", "\\ue000\\\""])
+@pytest.mark.parametrize("private", ["\ue000", "\\ue000", '\\ue000\\"'])
 def test_a_template_that_writes_private_characters(private: str) -> None:
     chat = chat_of(CHATML.replace("<|im_start|>", f"<|im_start|>{private}"))
     for said in (dialogue("Hi.", "Hello."), dialogue("\ue000", "\ue001"), dialogue("Hi.", "So.")):
