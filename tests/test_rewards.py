@@ -196,6 +196,13 @@ def test_probe_finds_a_backbone_that_looks_ahead(capsys: pytest.CaptureFixture[s
     )
 
 
+def test_model_that_scores_no_probe_is_refused() -> None:
+    fake = Fake(causal)
+    fake.scorer._head.places = lambda ids, length: "no_assistant_header"
+    with pytest.raises(DataError, match=r"the simplest dialogue \(no_assistant_header\)"):
+        fake.scorer.probe(1e-4)
+
+
 def limited(rows: int) -> Sees:
     def sees(ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         if len(ids_NT) > rows:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.errors import EngineError
+from pipeline.errors import DataError, EngineError
 from pipeline.packing import Layout
 from pipeline.records import Message, RewardPart, Rollout
 from pipeline.rewards.backbone import Reader
@@ -138,7 +138,14 @@ class OnePass:
             for turn in range(len(policy_messages(probe)))
         ]
         self.separate = separate
-        return _flat(apart)
+        exact = _flat(apart)
+        if not exact:
+            reasons = {error for scored in apart for error in scored.errors if error}
+            raise DataError(
+                f"{self.name} can't score the simplest dialogue ({', '.join(sorted(reasons))}): is"
+                " its tokenizer, with its chat template, the one that it was trained with?"
+            )
+        return exact
 
     def _differs(self, layout: Layout, exact: Sequence[float], tolerance: float) -> str | None:
         """Take a layout; say how far its scores are from the exact ones where that is too far."""
