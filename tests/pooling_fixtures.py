@@ -18,7 +18,7 @@ from pipeline.engines.wire import Wire
 from pipeline.records import Message, Rollout, Turn
 from pipeline.rewards import Settings, load_served
 from pipeline.rewards.checkpoints import load_tokenizer, make_encoder
-from pipeline.rewards.served import ServedReward
+from pipeline.rewards.served import Check, ServedReward
 from vllm_fixtures import QUICK, Answer, FakeVllm, fake_vllm, models
 
 NAME = "classifier"
@@ -107,7 +107,8 @@ def unprobed(
     served = [Served(url, NAME, CONTEXT) for url in urls]
     line = Line(served, Wire(key_env, timeout_s), retry, tell=lambda line: None)
     encoder = make_encoder(load_tokenizer(folder), Settings())
-    reward = ServedReward("model", "fingerprint", encoder, max_length, line)
+    check = Check(encoder, max_length, 2e-2, activates=True)
+    reward = ServedReward("model", "fingerprint", encoder, check, line)
     try:
         yield reward
     finally:

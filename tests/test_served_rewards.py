@@ -315,18 +315,30 @@ def test_a_server_that_activates_whatever_it_is_told_is_refused(
         assert reward.name == str(regression)
 
 
-@pytest.mark.parametrize(("off", "dtype"), [(0.5, "auto"), (0.01, "float32")])
-def test_a_server_whose_cache_changes_scores_is_refused(
-    folder: Path, off: float, dtype: str
+@pytest.mark.parametrize(
+    ("off", "dtype", "trusted"),
+    [(0.5, "auto", False), (0.01, "auto", True), (0.01, "float32", False), (1e-6, "float32", True)],
+)
+def test_scores_are_fresh_where_those_from_the_cache_are_others(
+    folder: Path, off: float, dtype: str, trusted: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stale(body: dict[str, Any]) -> Answer:
-        if "cache_salt" not in body:
+        if "cache_salt" in body or body["use_activation"]:
             return pooled(body)
         return 200, answer_of([packed(value_of(ids) * (1 + off)) for ids in body["input"]]), {}
 
-    said, asked = refused(folder, Settings(dtype=dtype), answer=stale)
-    assert "--no-enable-prefix-caching" in said
-    salts = [body["cache_salt"] for body in asked if "cache_salt" in body]
+    with (
+        fake_pooling(stale) as fake,
+        opened(folder, fake.url, settings=Settings(dtype=dtype)) as reward,
+    ):
+        probes = len(fake.bodies)
+        [scored] = reward.score([dialogue(3, "m")], [range(3)])
+        asked = fake.bodies[probes:]
+    said = f"{fake.url}: no score is taken from its cache, because those of probes differ by up to"
+    assert (said in capsys.readouterr().err) is not trusted
+    assert (scored.rewards == expected(folder, 3, "m")) is not trusted
+    assert [len(body["input"]) for body in asked] == ([3] if trusted else [1, 1, 1])
+    salts = [body["cache_salt"] for body in fake.bodies if "cache_salt" in body]
     assert len(salts) == len(set(salts)) > 5
 
 
