@@ -6,9 +6,11 @@ a journal that grows is the sign of life, and a death is seen only after `PATIEN
 """
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.claims import rank
@@ -19,17 +21,28 @@ PATIENCE_S = 600.0
 """How long a process may take to start, or to show a sign of life where no lock is seen."""
 _HANDOVER_S = 5.0
 _TELL_EVERY_S = 60.0
+_LOOK_EVERY_S = 0.05
+
+
+@dataclass
+class Share:
+    """A process's part in a stage: is there anything left to do, and (rank 0) whom has it seen?"""
+
+    unfinished: bool
+    seen: set[int] = field(default_factory=set)
 
 
 @contextmanager
-def holding(path: Path, work: Path) -> Iterator[bool]:
-    """Hold this process's lock in the scratch folder; yield whether the output is still unfinished.
+def holding(path: Path, work: Path, world: int) -> Iterator[Share]:
+    """Hold this process's lock in the scratch folder while it works on its share.
 
     A process of the same rank that an earlier run left behind is waited for: it does our work.
-    Rank 0 holds the output's claim already.
+    Rank 0 holds the output's claim already; it looks out for the others instead.
     """
     if rank() == 0:
-        yield True
+        share = Share(True)
+        threading.Thread(target=_look_out, args=(work, world, share.seen), daemon=True).start()
+        yield share
         return
     from filelock import FileLock, Timeout
 
@@ -42,7 +55,7 @@ def holding(path: Path, work: Path) -> Iterator[bool]:
             " wait until it ends, then run the same command again"
         ) from error
     try:
-        yield not (path / MANIFEST).exists()
+        yield Share(not (path / MANIFEST).exists())
     finally:
         lock.release()
         # Rank 0 may have finished and cleared up; then the lock or a journal brought it back.
@@ -50,21 +63,28 @@ def holding(path: Path, work: Path) -> Iterator[bool]:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def _look_out(work: Path, world: int, seen: set[int]) -> None:
+    """Note who holds a lock, until all have: one that was there and is gone is dead, not late."""
+    while (unseen := set(range(1, world)) - seen) and work.is_dir():
+        seen |= {number for number in unseen if _is_held(work, number)}
+        time.sleep(_LOOK_EVERY_S)
+
+
 def wait(
     work: Path,
     missing: Callable[[], Mapping[int, int]],
     begun: float,
+    seen: set[int],
     patience_s: float = PATIENCE_S,
 ) -> None:
     """Wait, on rank 0, until no rank's share is missing.
 
     `missing()`: rank -> how many units of its share no journal has. `begun`: when this process
-    began (time.monotonic). Raises EngineError naming a rank that owes units and is dead, or gave
-    no sign of life for `patience_s`.
+    began (time.monotonic). `seen`: who held a lock since. Raises EngineError naming a rank that
+    owes units and is dead, or gave no sign of life for `patience_s`.
     """
     owing = dict(missing())
     signs = dict.fromkeys(owing, begun)
-    seen: set[int] = set()
     pause, told = 0.05, time.monotonic()
     while owing:
         # Locks before journals: who lets go in between has written all that it will.

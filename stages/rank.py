@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,12 +135,13 @@ def main(config: Config) -> None:
     )
     if output.finished:
         return
-    with ranks.holding(output.path, output.work) as unfinished:
-        if unfinished:
+    with ranks.holding(output.path, output.work, _world()) as share:
+        if share.unfinished:
             _score(config, output, prompts, fingerprint)
     if _rank() == 0:
         records, chunks = Records(output.work), _chunk_counts(config, prompts)
-        ranks.wait(output.work, lambda: records.missing(chunks, _world()), output.claim.begun)
+        missing, begun = partial(records.missing, chunks, _world()), output.claim.begun
+        ranks.wait(output.work, missing, begun, share.seen)
         _write(config, output, prompts, records, f"{config.reward_model}@{fingerprint}")
 
 

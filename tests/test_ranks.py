@@ -20,7 +20,7 @@ from pipeline.scoring import Records
 def hold(work: Path, number: int, ready: Path) -> None:
     """Be a process that holds its lock until it is killed."""
     os.environ["RANK"] = str(number)
-    with ranks.holding(work.parent, work):
+    with ranks.holding(work.parent, work, 2):
         ready.touch()
         time.sleep(60)
 
@@ -47,8 +47,25 @@ def test_a_process_that_dies_is_told_within_seconds(tmp_path: Path, holder) -> N
     began = time.monotonic()
     threading.Timer(0.5, lambda: os.kill(holder.pid, signal.SIGKILL)).start()
     with pytest.raises(EngineError, match=r"process of rank 1 ended.* 3 units of its share"):
-        ranks.wait(tmp_path / "work", lambda: {1: 3}, began)
+        ranks.wait(tmp_path / "work", lambda: {1: 3}, began, set())
     assert 0.5 < time.monotonic() - began < 20
+
+
+def test_a_process_that_died_while_this_one_scored_is_told_at_once(
+    tmp_path: Path, holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with ranks.holding(tmp_path, tmp_path / "work", 2) as share:
+        deadline = time.monotonic() + 20
+        while share.seen != {1}:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        holder.kill()
+        holder.join()
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="process of rank 1 ended"):
+        ranks.wait(tmp_path / "work", lambda: {1: 3}, began, share.seen)
+    assert time.monotonic() - began < 20
 
 
 def test_a_process_that_is_alive_is_waited_for(tmp_path: Path, holder) -> None:
@@ -57,19 +74,19 @@ def test_a_process_that_is_alive_is_waited_for(tmp_path: Path, holder) -> None:
     def missing() -> dict[int, int]:
         return {1: 1} if time.monotonic() < began + 1 else {}
 
-    ranks.wait(tmp_path / "work", missing, began, patience_s=0.1)
+    ranks.wait(tmp_path / "work", missing, began, set(), patience_s=0.1)
     assert time.monotonic() - began >= 1
 
 
 def test_a_process_that_never_starts_is_told_after_a_while(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(EngineError, match="rank 2 ended, or never began"):
-        ranks.wait(tmp_path, lambda: {2: 1}, began, patience_s=0.3)
+        ranks.wait(tmp_path, lambda: {2: 1}, began, set(), patience_s=0.3)
     assert time.monotonic() - began >= 0.3
     # Patience counts from this process's own start: hours of scoring are patience enough.
     began = time.monotonic()
     with pytest.raises(EngineError):
-        ranks.wait(tmp_path, lambda: {2: 1}, began - 1000)
+        ranks.wait(tmp_path, lambda: {2: 1}, began - 1000, set())
     assert time.monotonic() - began < 5
 
 
@@ -80,7 +97,7 @@ def test_a_journal_that_grows_is_a_sign_of_life_where_no_lock_is_seen(tmp_path: 
         left = 8 - int((time.monotonic() - began) / 0.15)
         return {1: left} if left > 0 else {}
 
-    ranks.wait(tmp_path, missing, began, patience_s=0.6)
+    ranks.wait(tmp_path, missing, began, set(), patience_s=0.6)
     assert time.monotonic() - began > 0.9
 
 
@@ -89,8 +106,8 @@ def test_a_late_process_leaves_nothing_in_a_finished_output(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     (tmp_path / "turnwise.json").write_text("{}")
-    with ranks.holding(tmp_path, tmp_path / ".turnwise") as unfinished:
-        assert unfinished is False
+    with ranks.holding(tmp_path, tmp_path / ".turnwise", 2) as share:
+        assert share.unfinished is False
     assert not (tmp_path / ".turnwise").exists()
 
 
@@ -102,8 +119,8 @@ def test_an_earlier_process_of_the_same_rank_is_waited_for(
     earlier.acquire()
     began = time.monotonic()
     threading.Timer(0.5, earlier.release).start()
-    with ranks.holding(tmp_path / "output", tmp_path) as unfinished:
-        assert unfinished is True
+    with ranks.holding(tmp_path / "output", tmp_path, 2) as share:
+        assert share.unfinished is True
         assert time.monotonic() - began >= 0.4
 
 
