@@ -66,7 +66,8 @@ class Config:
     engine: Literal["hf", "vllm"] = "hf"
     """What runs the model: hf (in this process) or vllm (pooling servers, for classifiers)."""
     reward_url: tuple[str, ...] = execution(())
-    """Attach to these vLLM servers (--runner pooling) instead of starting one."""
+    """Attach to these vLLM servers (--runner pooling) instead of starting one; they keep their own
+    dtype."""
     reward_api_key_env: str = execution("")
     """Environment variable with the key of those servers; VLLM_API_KEY when empty."""
     reward_gpus: str = execution("")
