@@ -20,11 +20,18 @@ import pipeline.pictures
 import pipeline.rankable
 import pipeline.ranks
 import pipeline.rewards.functions
-import pipeline.rewards.telling  # noqa: F401
-from pipeline.config import parse
+import pipeline.rewards.telling
+from pipeline.config import run
 from pipeline.journal import read_journal
 from stages import rank
 from tests.killing import _deadly
+
+
+def warm_up() -> None:
+    """Draw once here, so that no run has to load matplotlib and its fonts."""
+    rows = [{"policy": "", "turn": 0, "score": 1.0, "score_half_width": 0.0}]
+    pipeline.pictures.score_by_turn(rows)
+    pipeline.pictures.histogram([0, 1], [1], "", ("", ""), 0.5)
 
 
 def live(out: str, calls: Path, lives: list[dict], jitter: random.Random) -> None:
@@ -70,7 +77,10 @@ def play(out: str, calls: Path, number: int, world: int, moment: dict[str, float
     if "call" in moment:
         for name in ("replace", "fsync", "unlink", "rmdir"):
             setattr(os, name, _deadly(getattr(os, name), int(moment["call"])))
-    rank.main(parse(rank.Config))
+    try:
+        run(rank.main, rank.Config)
+    except SystemExit as error:
+        os._exit(error.code)
     sys.stdout.flush()
     os._exit(0)
 
@@ -98,5 +108,6 @@ def wait(
 if __name__ == "__main__":
     given, *flags = sys.argv[1:]
     sys.argv = ["stages/rank.py", *flags]
+    warm_up()
     for entry in json.loads(given):
         live(entry["out"], Path(entry["calls"]), entry["lives"], random.Random(7))

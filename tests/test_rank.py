@@ -314,6 +314,31 @@ def test_repos_that_cannot_be_ranked(tmp_path: Path, table: dict[str, Any], told
         rank_here(prompts, tmp_path / "out", "rule:length")
 
 
+def test_a_mistyped_reward_leaves_no_output_behind(tmp_path: Path) -> None:
+    prompts = write_repo(tmp_path / "rollouts", games(2))
+    (tmp_path / "mine.py").write_text("def score(messages, info):\n    return 1\n")
+    for typed, told in [
+        ("rule:lenght", "did you mean 'length'"),
+        (f"python:{tmp_path}/mine.py:scor", "no function 'scor'"),
+        (f"python:{tmp_path}/mine.py:score?n=1", "no parameter n"),
+    ]:
+        with pytest.raises(DataError, match=told):
+            rank_here(prompts, tmp_path / "out", typed)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="there is no repo"):
+        rank_here(tmp_path / "nowhere", tmp_path / "out", "rule:length")
+
+
+def test_a_split_without_rows_is_left_out(tmp_path: Path) -> None:
+    prompts = write_repo(tmp_path / "rollouts", games(2))
+    empty = pa.Table.from_pylist([], schema=ROLLOUTS)
+    for split in ("a", "z"):
+        write_table(prompts, empty, split)
+    rank_here(prompts, tmp_path / "out", "rule:length")
+    assert manifest(tmp_path / "out")["splits"] == {"train": 4}
+    assert set(manifest(tmp_path / "out")["extra"]["splits"]) == {"a", "train", "z"}
+
+
 def test_config_names_every_problem_at_once() -> None:
     with pytest.raises(DataError) as caught:
         Config(max_length=0, num_turns=-1)

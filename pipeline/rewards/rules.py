@@ -89,6 +89,19 @@ RULES: dict[str, Rule] = {
 
 def load(spec: str, settings: Settings) -> FunctionReward:
     """Make the reward of `rule:<name>` or `rule:<name>?<parameter>=<value>&...`."""
+    return FunctionReward(spec, fingerprint(spec), _rule(spec))
+
+
+def fingerprint(spec: str) -> str:
+    """Hash the spec and the rules' own code: another rule is another reward.
+
+    Raises DataError where there is no such rule, before an output is begun under its name.
+    """
+    _rule(spec)
+    return digest(spec.encode(), Path(__file__).read_bytes())
+
+
+def _rule(spec: str) -> Rule:
     name, _, query = spec.removeprefix("rule:").partition("?")
     if name not in RULES:
         near = difflib.get_close_matches(name, RULES, 1)
@@ -101,12 +114,7 @@ def load(spec: str, settings: Settings) -> FunctionReward:
         re.compile(given.get("pattern", ""))
     except re.error as error:
         raise DataError(f"{spec!r}: no regular expression: {error}") from None
-    return FunctionReward(spec, fingerprint(spec), partial(RULES[name], **given))
-
-
-def fingerprint(spec: str) -> str:
-    """Hash the spec and the rules' own code: another rule is another reward."""
-    return digest(spec.encode(), Path(__file__).read_bytes())
+    return partial(RULES[name], **given)
 
 
 def answer_of(text: str) -> str | None:
