@@ -20,6 +20,7 @@ from pipeline.journal import read_journal
 from pipeline.records import ROLLOUTS, Rollout
 from pipeline.repos import open_repo
 from pipeline.rows import rollout_row
+from pipeline.scoring import windows
 from pooling_fixtures import NAME, dialogue, fake_pooling, own_ids, pooled, value_of
 from reward_models import one_thread, write_classifier  # noqa: F401
 from stages.rank import Config, main
@@ -73,16 +74,16 @@ def shards(output: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def stalling(after: int) -> Iterator[tuple[FakeVllm, threading.Event]]:
-    """Serve so many requests, and then none until the event is set."""
-    left, free, lock = [after], threading.Event(), threading.Lock()
+def stalling(model: Path, after: int) -> Iterator[tuple[FakeVllm, threading.Event]]:
+    """Score the first chunks, so many, and nothing of the others until the event is set."""
+    free = threading.Event()
+    chunks = [chunk for window in windows(rollouts(80), "train") for chunk in window]
+    late = {last_ids(model, one) for chunk in chunks[after:] for one in chunk.rollouts}
 
     def answer(body: dict[str, Any]) -> Answer:
-        with lock:
-            left[0] -= 1
-            stalls = left[0] < 0
-        if stalls:
+        if tuple(body["input"][-1]) in late and not free.is_set():
             free.wait(120)
+            return 0, None, {}  # whoever asked is gone
         return pooled(body)
 
     with fake_pooling(answer) as fake:
@@ -92,11 +93,16 @@ def stalling(after: int) -> Iterator[tuple[FakeVllm, threading.Event]]:
             free.set()
 
 
-def until_journalled(output: Path) -> list[dict[str, Any]]:
-    """Wait for the first chunks on disk."""
+def last_ids(model: Path, rollout: Rollout) -> tuple[int, ...]:
+    """Return the ids of a whole dialogue."""
+    return tuple(own_ids(model, rollout, rollout.score_turn))
+
+
+def until_journalled(output: Path, chunks: int) -> list[dict[str, Any]]:
+    """Wait until so many chunks are on disk."""
     journal, deadline = output / ".turnwise" / "journal-00000.jsonl", time.monotonic() + 60
-    while not (journal.exists() and journal.read_bytes().count(b"\n")):
-        assert time.monotonic() < deadline, "no chunk was scored"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= chunks):
+        assert time.monotonic() < deadline, "a chunk wasn't scored"
         time.sleep(0.02)
     return list(read_journal(journal))
 
@@ -126,30 +132,29 @@ def test_scores_are_the_servers_whichever_answers(
 
 def test_a_kill_costs_nothing_that_was_finished(prompts: Path, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
-    with stalling(after=110) as (fake, free):
+    with stalling(model, after=2) as (fake, free):
         stage = start(prompts, model, output, "--reward_url", fake.url)
-        until_journalled(output)
+        records = until_journalled(output, 2)
         stage.kill()
         stage.communicate()
-        done = {row for record in until_journalled(output) for row in record["rows"]}
+        done = {row for record in records for row in record["rows"]}
         free.set()
         before = len(fake.bodies)
         rank_here(prompts, model, output, fake.url)
         asked = [tuple(body["input"][-1]) for body in fake.bodies[before:]]
         rank_here(prompts, model, tmp_path / "whole", fake.url)
     assert shards(output) == shards(tmp_path / "whole")
-    last = [tuple(own_ids(model, r, r.score_turn)) for r in rollouts(80)]
-    again = [row for row, ids in enumerate(last) if ids in asked]
-    assert 32 <= len(done) < 160
+    again = [row for row, one in enumerate(rollouts(80)) if last_ids(model, one) in asked]
+    assert len(done) == 64
     assert again == [row for row in range(160) if row not in done]
 
 
 def test_ctrl_c_ends_within_seconds_while_a_server_hangs(
     prompts: Path, model: Path, tmp_path: Path
 ) -> None:
-    with stalling(after=60) as (fake, _):
+    with stalling(model, after=1) as (fake, _):
         stage = start(prompts, model, tmp_path / "out", "--reward_url", fake.url)
-        until_journalled(tmp_path / "out")
+        until_journalled(tmp_path / "out", 1)
         began = time.monotonic()
         stage.send_signal(signal.SIGINT)
         said, _ = stage.communicate(timeout=30)
