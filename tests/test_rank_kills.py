@@ -40,7 +40,7 @@ def rollout(row: int) -> Rollout:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the reward, 700 rollouts (23 chunks), 40 of them and 2 of them."""
+    """A folder with the reward, 700 rollouts (22 chunks), 40 of them and 2 of them."""
     folder = tmp_path_factory.mktemp("rank")
     (folder / "reward.py").write_text(REWARD)
     for rows in (700, 40, 2):
@@ -73,32 +73,44 @@ def entry(out: Path, lives: list[dict[str, Any]]) -> dict[str, Any]:
     return {"out": str(out), "calls": f"{out}.calls", "lives": [*lives]}
 
 
-def whole(place: Path, out: Path, rows: int) -> dict[str, bytes]:
-    live(place, rows, [entry(out, [{"world": 1}])])
-    return shards(out)
+@pytest.fixture(scope="module")
+def whole(place: Path) -> dict[int, dict[str, bytes]]:
+    """The shards of runs that nobody disturbed, by their number of rows."""
+    found = {}
+    for rows in (700, 40, 2):
+        live(place, rows, [entry(place / f"whole{rows}", [{"world": 1}])])
+        found[rows] = shards(place / f"whole{rows}")
+    return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_twelve_kills_at_any_moment_change_no_byte(place: Path, tmp_path: Path, world: int) -> None:
-    """Four of them while it starts; 23 chunks are no multiple of 2 or 3 processes."""
+def test_twelve_kills_at_any_moment_change_no_byte(place: Path, whole, tmp_path: Path) -> None:
+    """Four of them while it starts; 22 chunks are no multiple of 3 processes."""
     moments = [{"after_s": 0.03 * n} for n in range(4)] + [{"lines": 1 + n % 3} for n in range(8)]
-    lives = [{"world": world, "moment": moment} for moment in moments]
-    told = live(place, 700, [entry(tmp_path / "torn", [*lives, {"world": world}])])
-    assert sum(-9 in run["ended"] for run in told) >= 10
-    assert shards(tmp_path / "torn") == whole(place, tmp_path / "whole", 700)
-    assert not (tmp_path / "torn" / ".turnwise").exists()
+    entries = []
+    for world in (1, 2, 3):
+        lives = [{"world": world, "moment": moment} for moment in moments]
+        entries.append(entry(tmp_path / f"torn{world}", [*lives, {"world": world}]))
+    told = live(place, 700, entries)
+    for world in (1, 2, 3):
+        out = tmp_path / f"torn{world}"
+        mine = [run["ended"] for run in told if run["out"] == str(out)]
+        assert sum(-9 in ended for ended in mine) >= 10
+        assert shards(out) == whole[700], world
+        assert not (out / ".turnwise").exists()
 
 
-def test_the_number_of_processes_may_change_between_runs(place: Path, tmp_path: Path) -> None:
+def test_the_number_of_processes_may_change_between_runs(
+    place: Path, whole, tmp_path: Path
+) -> None:
     lives = [{"world": n, "moment": {"lines": 4}} for n in (2, 3, 1, 5)] + [{"world": 2}]
     told = live(place, 700, [entry(tmp_path / "torn", lives)])
     assert sum(-9 in run["ended"] for run in told) >= 3
-    assert shards(tmp_path / "torn") == whole(place, tmp_path / "whole", 700)
+    assert shards(tmp_path / "torn") == whole[700]
 
 
-def test_more_processes_than_chunks(place: Path, tmp_path: Path) -> None:
+def test_more_processes_than_chunks(place: Path, whole, tmp_path: Path) -> None:
     live(place, 40, [entry(tmp_path / "many", [{"world": 5}])])
-    assert shards(tmp_path / "many") == whole(place, tmp_path / "whole", 40)
+    assert shards(tmp_path / "many") == whole[40]
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [
         "README.md",
         "data",
@@ -108,7 +120,7 @@ def test_more_processes_than_chunks(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_kill_at_any_step_of_writing_the_repo_changes_no_byte(
-    place: Path, tmp_path: Path
+    place: Path, whole, tmp_path: Path
 ) -> None:
     """Before each file that is moved, forced to disk or deleted, until none is left."""
     calls = range(1, 26)
@@ -118,14 +130,14 @@ def test_a_kill_at_any_step_of_writing_the_repo_changes_no_byte(
     told = live(place, 40, entries)
     killed = [run["out"] for run in told if run["ended"] == [-9]]
     assert 8 <= len(killed) < len(calls), "every step was tried, and the last ones are no more"
-    expected = whole(place, tmp_path / "whole", 40)
+    expected = whole[40]
     for n in calls:
         assert shards(tmp_path / str(n)) == expected, n
         assert not (tmp_path / str(n) / ".turnwise").exists(), n
 
 
 def test_a_dead_process_stops_the_one_that_waits_and_a_rerun_goes_on(
-    place: Path, tmp_path: Path
+    place: Path, whole, tmp_path: Path
 ) -> None:
     """Rank 1 is killed; rank 0 says so, with the command, instead of waiting for ever."""
     out, flags = tmp_path / "out", ("--reward_model", f"python:{place / 'reward.py'}:score")
@@ -136,26 +148,26 @@ def test_a_dead_process_stops_the_one_that_waits_and_a_rerun_goes_on(
     assert "run the same command again, on every rank: " in run["stderr"]
     alone = live(place, 700, [entry(out, [{"world": 1}])])
     assert alone[-1]["ended"] == [0]
-    assert shards(out) == whole(place, tmp_path / "whole", 700)
+    assert shards(out) == whole[700]
     again = rank(place / "rollouts700", out, *flags)
     assert "finished already" in again.stdout
     assert manifest(out)["counts"]["scores"] == 700
 
 
 def test_a_journal_torn_at_any_byte_of_its_last_line_changes_no_byte(
-    place: Path, tmp_path: Path
+    place: Path, whole, tmp_path: Path
 ) -> None:
-    _torn(place, tmp_path, step=9)
+    _torn(place, tmp_path, whole[2], step=9)
 
 
 @pytest.mark.slow
 def test_a_journal_torn_at_every_byte_of_its_last_line_changes_no_byte(
-    place: Path, tmp_path: Path
+    place: Path, whole, tmp_path: Path
 ) -> None:
-    _torn(place, tmp_path, step=1)
+    _torn(place, tmp_path, whole[2], step=1)
 
 
-def _torn(place: Path, tmp_path: Path, step: int) -> None:
+def _torn(place: Path, tmp_path: Path, expected: dict[str, bytes], step: int) -> None:
     first = entry(tmp_path / "first", [{"world": 1, "moment": {"call": 4}}])
     live(place, 2, [first])
     journal = tmp_path / "first" / ".turnwise" / "journal-00000.jsonl"
@@ -169,5 +181,4 @@ def _torn(place: Path, tmp_path: Path, step: int) -> None:
         (out / ".turnwise" / "journal-00000.jsonl").write_bytes(whole_line[:-cut])
         entries.append(entry(out, [{"world": 1}]))
     live(place, 2, entries)
-    expected = whole(place, tmp_path / "whole", 2)
     assert all(shards(tmp_path / f"cut{cut}") == expected for cut in cuts)

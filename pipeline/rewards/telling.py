@@ -98,7 +98,8 @@ def _spread_rows(spread: Spread, unit: str) -> list[list[Any]]:
         return []
     rows: list[list[Any]] = [[unit, spread.tally.scores], ["mean", spread.tally.mean]]
     rows.append(["standard deviation", _shown(_deviation(spread.tally))])
-    return rows + [[name, spread.quantile(share)] for name, share in _QUANTILES.items()]
+    named = {"p5": "5th percentile", "p95": "95th percentile"}
+    return rows + [[named.get(n, n), spread.quantile(share)] for n, share in _QUANTILES.items()]
 
 
 def _gap_rows(summary: Summary) -> list[list[Any]]:
