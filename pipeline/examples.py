@@ -45,11 +45,16 @@ def trained_turns(rollout: Rollout, mask: str) -> list[int]:
     if mask == "last":
         return [rollout.score_turn]
     if rollout.branch_turn is None:
-        raise DataError(
-            f"the rollouts of prompt {rollout.prompt_id} share only the prompt, so no turn of "
-            "theirs is a fork: use --mask last or --mask all"
-        )
+        raise no_fork(rollout.prompt_id)
     return [rollout.branch_turn]
+
+
+def no_fork(prompt_id: str) -> DataError:
+    """Return what is wrong where `forked` is asked for and the rollouts share only the prompt."""
+    return DataError(
+        f"the rollouts of prompt {prompt_id} share only the prompt, so no turn of "
+        "theirs is a fork: use --mask last or --mask all"
+    )
 
 
 def sequence_of(rollout: Rollout, trained: Sequence[int], chat: Encoder | None) -> TrainingSequence:

@@ -18,7 +18,8 @@ def policy_messages(rollout: Rollout) -> list[int]:
 
     The opening may hold assistant messages of a dataset; those of the policy are the last ones.
     """
-    spoken = [i for i, message in enumerate(rollout.messages) if message["role"] == "assistant"]
+    roles = [message.get("role") for message in rollout.messages]
+    spoken = [i for i, role in enumerate(roles) if role == "assistant"]
     return spoken if rollout.turns is None else spoken[max(len(spoken) - len(rollout.turns), 0) :]
 
 
@@ -36,6 +37,7 @@ def not_a_dialogue(rollout: Rollout) -> str | None:
         and all(i > 0 and roles[i - 1] != "assistant" for i in spoken)
         and (rollout.turns is None or len(spoken) == len(rollout.turns))
         and 0 <= rollout.score_turn < max(len(spoken), 1)
+        and (rollout.branch_turn or 0) >= 0
         and _adds_up(rollout)
     )
     return None if sound and spoken else "not_a_dialogue"

@@ -1,6 +1,6 @@
 """The rollouts of a prompt -> a pair or a group, and a reason for each rollout that isn't used."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,6 +33,7 @@ class Rules:
     encoder: Callable[[], Encoder]
     advantages: str = "none"
     drop_truncated: bool = False
+    keep_ties: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def select_pairs(
     reason = (
         filters.different_prefix(chosen, reject, pair.prefix_length)
         or filters.same_response(chosen, reject)
-        or filters.tie(chosen, reject)
+        or (None if rules.keep_ties else filters.tie(chosen, reject))
     )
     if reason is None:
         return [pair], dropped
@@ -121,10 +122,20 @@ def _detail(rollout: Rollout, reason: str) -> str:
 
 
 def _alone(usable: Sequence[Usable], dropped: Sequence[Dropped]) -> list[Dropped]:
-    lost = ", ".join(f"sample {row['sample']}: {row['reason']}" for row in dropped)
+    lost = told_of((row["sample"], row["reason"]) for row in dropped)
     return [_drop(one.rollout, filters.MISSING_SIBLING, lost) for one in usable]
 
 
+def told_of(lost: Iterable[tuple[int, str]]) -> str:
+    """Say what happened to the siblings of a rollout that is alone."""
+    return ", ".join(f"sample {sample}: {reason}" for sample, reason in lost)
+
+
 def _drop(rollout: Rollout, reason: str, detail: str = "") -> Dropped:
-    row = {"prompt_id": rollout.prompt_id, "sample": rollout.sample, "reason": reason}
+    return drop(rollout.prompt_id, rollout.sample, reason, detail)
+
+
+def drop(prompt_id: str, sample: int, reason: str, detail: str = "") -> Dropped:
+    """Return the row of dropped.jsonl for a rollout."""
+    row = {"prompt_id": prompt_id, "sample": sample, "reason": reason}
     return row | {"detail": detail} if detail else row
