@@ -150,8 +150,8 @@ class Chat:
 
     def _page(self, messages: Messages, tools: str | None) -> Page | Encoded | RowError:
         """Render a dialogue whole; encode it at once where look-alikes must be hidden."""
-        said, schemas = clean(messages), tool_schemas(tools)
         try:
+            said, schemas = clean(messages), tool_schemas(tools)
             if not self._shield.finds([said, schemas]):
                 return self._pages.page(said, schemas)
             cover = self._shield.cover([said, schemas])
@@ -159,6 +159,8 @@ class Chat:
             return self._page_ids.encode_covered(page, cover)
         except RowError as error:
             return error
+        except RecursionError:
+            return RowError(TEMPLATE_ERROR, "tools or arguments are nested too deeply")
 
     def _encode(
         self, messages: Messages, tools: str | None, part: Callable[[str], str]

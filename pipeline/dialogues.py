@@ -11,6 +11,7 @@ from pipeline.shield import strings_of, unused_characters
 Messages = Sequence[Message] | Sequence[Mapping[str, Any]]
 
 TEMPLATE_ERROR = "template_error"
+TOOLS_UNREADABLE = "tools_unreadable"
 
 
 def spells(text: str, message: Mapping[str, Any], lead: str) -> bool:
@@ -37,18 +38,34 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
         return dict(call)
     try:
         arguments = json.loads(call["arguments"])
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         arguments = call["arguments"]  # what a model wrote need not be JSON
-    return {
-        "id": call["id"],
-        "type": "function",
-        "function": {"name": call["name"], "arguments": arguments},
-    }
+    function = {"name": call["name"], "arguments": arguments}
+    named = {} if call["id"] is None else {"id": call["id"]}
+    return {**named, "type": "function", "function": function}
 
 
 def tool_schemas(tools: str | None) -> list | None:
-    """Read the JSON that a dialogue carries its tools in."""
-    return json.loads(tools) if tools else None
+    """Read the JSON that a dialogue carries its tools in. Raises RowError for anything else."""
+    if not tools:
+        return None
+    try:
+        schemas = json.loads(tools)
+    except (ValueError, RecursionError) as error:
+        raise RowError(TOOLS_UNREADABLE, str(error)) from None
+    if schemas is None:
+        return None
+    if not isinstance(schemas, list) or not all(isinstance(tool, dict) for tool in schemas):
+        raise RowError(TOOLS_UNREADABLE, "they are no list of objects")
+    return schemas
+
+
+def with_system_prompt(messages: Sequence[Message], text: str) -> list[Message]:
+    """Put a system prompt first, in place of the dialogue's own; "" changes nothing."""
+    if not text:
+        return list(messages)
+    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    return [Message(role="system", content=text), *rest]
 
 
 def mark(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.dialogues import with_system_prompt
 from pipeline.engines import ENGINES, IN_PROCESS, SPEAK_TEXT
 from pipeline.engines.base import Engine, EngineOptions, Sampling
 from pipeline.engines.rounds import Rounds
@@ -18,7 +19,7 @@ from pipeline.environments.simulated_user import User
 from pipeline.errors import DataError, RowError
 from pipeline.meter import Meter, Metered
 from pipeline.records import Message
-from pipeline.rollout import Table, TemplateContext, TextContext, with_system_prompt
+from pipeline.rollout import Table, TemplateContext, TextContext
 
 
 @dataclass(frozen=True)

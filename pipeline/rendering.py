@@ -51,7 +51,7 @@ class Renderer:
                 **self._variables,
             )
         # Templates also fail as Python does: None + "text", a list taken for a string.
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise RowError(TEMPLATE_ERROR, str(error)) from None
         try:
             page.encode()

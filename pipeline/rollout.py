@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from pipeline.dialogues import with_system_prompt
 from pipeline.engines.base import Completion, Engine, Request, RequestFailed, Sampling
 from pipeline.engines.rounds import Rounds
 from pipeline.environments.base import Dialogue, End, Environment
@@ -250,14 +251,6 @@ def _trunk(prompt: Prompt, records: Sequence[Rollout], fork: int, table: Table) 
     messages = with_system_prompt(prompt.messages, table.system_prompt)
     info = dict(prompt.info)
     return Dialogue(table.run_seed, prompt.prompt_id, 0, messages, prompt.tools, info=info)
-
-
-def with_system_prompt(messages: Sequence[Message], text: str) -> list[Message]:
-    """Put a system prompt first, in place of the dialogue's own; "" changes nothing."""
-    if not text:
-        return list(messages)
-    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    return [Message(role="system", content=text), *rest]
 
 
 def _branch(trunk: Dialogue, torn: Rollout | None, fork: int, sample: int) -> Dialogue:
