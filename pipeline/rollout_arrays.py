@@ -19,7 +19,15 @@ from pipeline.records import NO_SCORE, RANKED, IntArray
 
 NEEDED = ("prompt_id", "sample", "messages", "turns", "score_turn")
 """Columns of rollouts without which nothing can be trained."""
-USED = (*NEEDED, "branch_turn", "status", "end_reason", "rewards", "reward_errors")
+USED = (
+    *NEEDED,
+    "branch_turn",
+    "status",
+    "end_reason",
+    "tools",
+    "rewards",
+    "reward_errors",
+)
 """Columns that selection reads; those that aren't needed may be absent."""
 
 ROLES = pa.array(["assistant", "system", "user", "tool"])

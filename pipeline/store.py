@@ -7,7 +7,7 @@ No manifest, no repo. What a repo is: README.md + data/*.parquet + turnwise.json
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import cards
 from pipeline import manifest as manifests
 from pipeline.claims import Claim, Job, claim_output, describe_job, rank, refuse_other, say
+from pipeline.drops import Drops
 from pipeline.errors import DataError
 from pipeline.fingerprints import fingerprint_model
 from pipeline.journal import Journal, read_journal
@@ -45,6 +46,7 @@ __all__ = [
     "read_rollouts",
 ]
 
+_DROPPED = "dropped.jsonl"
 KINDS = ("rollouts", "ranked", "pairs", "groups", "logprobs", "evaluation")
 
 
@@ -94,25 +96,30 @@ class Run:
         self,
         splits: Mapping[str, Rows],
         *,
-        dropped: Iterable[dict[str, Any]] = (),
+        dropped: Iterable[dict[str, Any]] | Drops = (),
         counts: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
         pictures: Mapping[str, bytes] | None = None,
         card: Mapping[str, Any] | None = None,
+        check: Callable[[Mapping[str, Sequence[Path]]], None] | None = None,
     ) -> Repo:
         """Write shards, dropped rows, card and, last, the manifest; then push a Hub repo.
 
-        `dropped` rows have a `reason`; they are read after the splits. `card`: license, language,
-        notes, tables (see cards.py). Raises DataError, with the drop counts, when no row is left.
+        `dropped` rows have a `reason`; they are read after the splits, unless `drops` wrote them
+        before. `card`: license, language, notes, tables (see cards.py). `check` gets the shards of
+        each split as they are on disk; what it raises leaves the repo unfinished. Raises DataError,
+        with the drop counts, when no row is left.
         """
         assert not self.finished, "a finished repo isn't written again"
         assert rank() == 0, "only rank 0 writes"
         entries = write_shards(splits, self.path, self.work)
-        reasons = _write_dropped(self.work / "dropped.jsonl", dropped)
+        reasons = self._close_drops(dropped)
         if not entries:
             raise DataError(self._nothing_left(reasons, counts))
+        if check is not None:
+            check(_paths(self.path, entries))
         if reasons:
-            os.replace(self.work / "dropped.jsonl", self.path / "dropped.jsonl")
+            os.replace(self.work / _DROPPED, self.path / _DROPPED)
         rows = {split: 0 for split in splits if any(e["split"] == split for e in entries)}
         for entry in entries:
             rows[entry["split"]] += entry["rows"]
@@ -133,13 +140,23 @@ class Run:
             self._push()
         return self.repo()
 
+    def drops(self) -> Drops:
+        """Open dropped.jsonl, for a stage that drops rows while it makes its splits."""
+        return Drops(self.work / _DROPPED)
+
+    def _close_drops(self, dropped: Iterable[dict[str, Any]] | Drops) -> dict[str, int]:
+        if not isinstance(dropped, Drops):
+            rows, dropped = dropped, self.drops()
+            dropped.add(rows)
+        return dropped.close()
+
     def _nothing_left(self, reasons: Mapping[str, int], counts: Mapping[str, Any]) -> str:
         shutil.rmtree(self.path / "data", ignore_errors=True)
         told = ", ".join(f"{reason}: {n}" for reason, n in reasons.items()) or "none was dropped"
         before = ", ".join(f"{name}: {n}" for name, n in counts.items()) or "no rows came in"
         return (
             f"{self.claim.job.stage} has no row left to write to {self.name.text} ({before}). "
-            f"Rows dropped by reason: {told}. They are in {self.work / 'dropped.jsonl'}"
+            f"Rows dropped by reason: {told}. They are in {self.work / _DROPPED}"
         )
 
     def _push(self) -> None:
@@ -198,13 +215,8 @@ def _on_hub(name: RepoName, job: Job) -> Run | None:
     return Run(name, claim, revision=revision)
 
 
-def _write_dropped(path: Path, dropped: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Write dropped rows, one a line; return the counts by reason, the commonest first."""
-    reasons: dict[str, int] = {}
-    path.unlink(missing_ok=True)
-    journal = Journal(path)
-    for row in dropped:
-        journal.append(row)
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-    journal.close()
-    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+def _paths(folder: Path, entries: Iterable[Mapping[str, Any]]) -> dict[str, list[Path]]:
+    paths: dict[str, list[Path]] = {}
+    for entry in entries:
+        paths.setdefault(entry["split"], []).append(folder / entry["path"])
+    return paths

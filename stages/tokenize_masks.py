@@ -3,12 +3,9 @@
 python stages/tokenize_masks.py --input_repo ./ranked --output_repo ./pairs
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import store
@@ -16,17 +13,14 @@ from pipeline.config import execution, run
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from pipeline.records import Rollout
     from pipeline.selection import Rules
+    from pipeline.sifting import Sifted
 
 FORMATS = ("pairs", "groups")
 MASKS = ("forked", "last", "all")
 ADVANTAGES = ("none", "normalised", "centred")
-TRUNCATED = ("keep", "drop")
+KEEP_OR_DROP = ("keep", "drop")
 BATCH_ROWS = 256
-ROLLOUT_KEYS = ("prompt_id", "messages", "turns")
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,8 @@ class Config:
     """Of groups: none (SFT), normalised by mean and standard deviation, or centred by the mean."""
     truncated: str = "keep"
     """Whether to keep or drop rollouts with a trained turn that was cut by the length limit."""
+    ties: str = "drop"
+    """Of pairs with equal rewards: drop them, or keep them; then the first of equals is chosen."""
     test_size: float = 0.05
     """Prompts of the test split: a fraction below 1, or a number of prompts; 0 makes none."""
     seed: int = 0
@@ -66,7 +62,8 @@ class Config:
             ("format", FORMATS),
             ("mask", MASKS),
             ("advantages", ADVANTAGES),
-            ("truncated", TRUNCATED),
+            ("truncated", KEEP_OR_DROP),
+            ("ties", KEEP_OR_DROP),
         ]:
             if _of(self, name) not in known:
                 problems.append(f"--{name} {_of(self, name)}: known are {', '.join(known)}")
@@ -85,8 +82,11 @@ def _of(config: Config, name: str) -> Any:
 
 
 def main(config: Config) -> None:
-    """Select and tokenize prompt by prompt, check each row, split by prompt, write."""
-    from pipeline.records import GROUPS, PAIRS
+    """Select from batches of prompts, split by prompt, write, and check what was written."""
+    from pipeline.checks import checker
+    from pipeline.sifting import SCHEMAS
+    from pipeline.spool import Spool, draw_test
+    from pipeline.vocabulary import vocabulary_of
 
     source = store.open_repo(config.input_repo)
     models = {"tokenizer": config.tokenizer} if config.tokenizer else {}
@@ -102,72 +102,81 @@ def main(config: Config) -> None:
     )
     if output.finished:
         return
-    schema = PAIRS if config.format == "pairs" else GROUPS
-    spool, dropped = output.work / "selected.arrow", list[dict[str, Any]]()
-    rows = _select(config, source, output.date, dropped)
-    kept = _spool(rows, schema, spool)
-    test = _test_prompts(kept, config)
-    splits = {"train": _read(spool, test, False), "test": _read(spool, test, True)}
-    counts = {"rows_in": source.num_rows(config.split), "prompts": len(kept)}
-    written = output.write(splits, dropped=dropped, counts=counts)
-    _report(written, config.format, counts["rows_in"])
+    spool, drops = Spool(output.work / "selected.arrow", SCHEMAS[config.format]), output.drops()
+    rows_in = source.num_rows(config.split)
+    for sifted in _shown(_sifted(config, source, output.date), rows_in):
+        spool.add(sifted.kept)
+        drops.add(sifted.dropped)
+    spool.close()
+    test = draw_test(spool.prompts, config.test_size, config.seed)
+    vocabulary = vocabulary_of(config.tokenizer, source)
+    written = output.write(
+        {"train": spool.read(test, False), "test": spool.read(test, True)},
+        dropped=drops,
+        counts={"rows_in": rows_in, "prompts": len(spool.prompts)},
+        check=checker(config.format, spool.rows, vocabulary),
+    )
+    _report(written, config.format, rows_in, vocabulary)
 
 
-def _select(
-    config: Config, source: store.Repo, date: str, dropped: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Yield checked rows in key order; those left out are appended to `dropped`."""
+def _shown(sifted: Iterable["Sifted"], rows_in: int) -> Iterator["Sifted"]:
     from tqdm import tqdm
 
-    from pipeline.examples import check_group, check_pair
-    from pipeline.records import PairExample
-    from pipeline.rows import group_row, pair_row
+    with tqdm(total=rows_in, unit="row") as bar:
+        for some in sifted:
+            yield some
+            bar.update(some.rows_in)
+
+
+def _rules(config: Config, date: str) -> "Rules":
     from pipeline.selection import Rules
 
-    rules = Rules(
+    return Rules(
         config.mask,
         config.max_length,
         cache(lambda: _encoder(config, date)),
         config.advantages,
         config.truncated == "drop",
+        config.ties == "keep",
     )
-    vocabulary = _vocabulary(config)
-    with tqdm(total=source.num_rows(config.split), unit="row") as bar:
-        for rows, examples, left_out in _examples(config, source, rules):
-            dropped += left_out
-            for example in examples:
-                if isinstance(example, PairExample):
-                    check_pair(example, vocabulary)
-                    yield pair_row(example)
-                else:
-                    check_group(example, vocabulary)
-                    yield group_row(example)
-            bar.update(rows)
 
 
-def _examples(
-    config: Config, source: store.Repo, rules: "Rules"
-) -> Iterator[tuple[int, Sequence[Any], list[dict[str, Any]]]]:
-    """Yield (rows read, examples, rows left out) of our rollouts or of pairs that others made."""
+def _sifted(config: Config, source: store.Repo, date: str) -> Iterator["Sifted"]:
+    """Select from our rollouts, or from pairs that others made."""
     from pipeline import published
     from pipeline.selection import select_group, select_pairs
+    from pipeline.sifting import sift
 
-    select = select_pairs if config.format == "pairs" else select_group
-    columns = set(source.columns(config.split))
+    columns, rules = set(source.columns(config.split)), _rules(config, date)
     if columns.issuperset(published.REFUEL_COLUMNS) and "chosen_segments" not in columns:
         if config.format != "pairs":
             raise DataError(f"{source.name} holds pairs of ids: --format pairs")
-        for pairs, left_out in published.published_pairs(_rows(source, config), config.max_length):
-            yield 1, pairs, left_out
+        rows = published.published_pairs(_rows(source, config), config.max_length)
+        yield from _batched(rows, config.format)
     elif columns.issuperset(published.TEXT_COLUMNS) and "messages" not in columns:
-        for rollouts, left_out in published.text_rollouts(_rows(source, config)):
-            examples, more = select(rollouts, rules) if rollouts else ([], [])
-            yield 1, examples, left_out + more
+        select = select_pairs if config.format == "pairs" else select_group
+        texts = published.text_rollouts(_rows(source, config))
+        rows = (_added(select(two, rules) if two else ([], []), left) for two, left in texts)
+        yield from _batched(rows, config.format)
     else:
-        needs_reward = config.format == "pairs" or config.advantages != "none"
-        source.require([*ROLLOUT_KEYS, "rewards"] if needs_reward else ROLLOUT_KEYS)
-        for rollouts in _prompts(source, config.split):
-            yield len(rollouts), *select(rollouts, rules)
+        yield from sift(source, config.split, config.format, rules)
+
+
+def _added(found: tuple[Any, list[dict[str, Any]]], left: list[dict[str, Any]]) -> tuple[Any, Any]:
+    return found[0], left + found[1]
+
+
+def _batched(rows: Iterable[tuple[Any, list[dict[str, Any]]]], kind: str) -> Iterator["Sifted"]:
+    """Join what became of single rows of the input."""
+    from itertools import islice
+
+    from pipeline.sifting import Sifted, rows_of
+
+    rows = iter(rows)
+    while some := list(islice(rows, BATCH_ROWS)):
+        kept = [example for examples, _ in some for example in examples]
+        dropped = [row for _, left_out in some for row in left_out]
+        yield Sifted(len(some), rows_of(kept, kind), dropped)
 
 
 def _rows(source: store.Repo, config: Config) -> Iterator[dict[str, Any]]:
@@ -186,84 +195,8 @@ def _encoder(config: Config, date: str) -> Any:
     return load_chat(config.tokenizer, date, config.trust_remote_code)
 
 
-def _vocabulary(config: Config) -> int:
-    """Return the vocabulary's size where a model folder tells it; 0 is unknown."""
-    path = Path(config.tokenizer) / "config.json"
-    if not config.tokenizer or not path.is_file():
-        return 0
-    return json.loads(path.read_text()).get("vocab_size") or 0
-
-
-def _prompts(source: store.Repo, split: str) -> Iterator[list["Rollout"]]:
-    """Yield the rollouts of each prompt. Raises DataError for a key that occurs twice."""
-    for prompt_id, rollouts in groupby(_rollouts(source, split), lambda row: row.prompt_id):
-        group = list(rollouts)
-        if len({rollout.sample for rollout in group}) < len(group):
-            raise DataError(f"{source.name}: prompt {prompt_id} has two rollouts of one sample")
-        yield group
-
-
-def _rollouts(source: store.Repo, split: str) -> Iterator["Rollout"]:
-    """Stream rollouts in key order; a foreign repo in another order is read whole and sorted."""
-    import pyarrow.compute as pc
-
-    from pipeline.rows import rollout_from_row
-
-    names = source.table(split, ["prompt_id"]).column("prompt_id")
-    places = pc.run_end_encode(names.combine_chunks())
-    if len(places.values) == len(names.unique()):
-        yield from store.read_rollouts(source, split)
-        return
-    table = source.table(split).sort_by([("prompt_id", "ascending"), ("sample", "ascending")])
-    for batch in table.to_batches(64):
-        yield from map(rollout_from_row, batch.to_pylist())
-
-
-def _spool(rows: Iterable[dict[str, Any]], schema: "pa.Schema", path: Path) -> set[str]:
-    """Write selected rows to scratch, since the split needs all prompts; return the prompts."""
-    import pyarrow as pa
-
-    prompts, pending = set[str](), list[dict[str, Any]]()
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-
-        def flush() -> None:
-            writer.write_batch(pa.RecordBatch.from_pylist(pending, schema=schema))
-            pending.clear()
-
-        for row in rows:
-            prompts.add(row["prompt_id"])
-            pending.append(row)
-            if len(pending) == BATCH_ROWS:
-                flush()
-        if pending:
-            flush()
-    return prompts
-
-
-def _test_prompts(prompts: set[str], config: Config) -> set[str]:
-    """Draw the prompts of the test split: each by its own hash, so that at least one trains."""
-    from pipeline.seeds import seed_for
-
-    size = config.test_size
-    wanted = int(size) if size >= 1 else round(size * len(prompts))
-    order = sorted(
-        prompts, key=lambda prompt: (seed_for(config.seed, prompt, 0, 0, "test"), prompt)
-    )
-    return set(order[: max(min(wanted, len(prompts) - 1), 0)])
-
-
-def _read(path: Path, test: set[str], in_test: bool) -> Iterator["pa.RecordBatch"]:
-    """Stream the spooled rows of one split."""
-    import pyarrow as pa
-
-    with pa.OSFile(str(path), "rb") as file, pa.ipc.open_stream(file) as reader:
-        for batch in reader:
-            names = batch.column("prompt_id").to_pylist()
-            yield batch.filter(pa.array([(name in test) == in_test for name in names]))
-
-
-def _report(written: store.Repo, kind: str, rows_in: int) -> None:
-    """Print what was read, kept and dropped."""
+def _report(written: store.Repo, kind: str, rows_in: int, vocabulary: int) -> None:
+    """Print what was read, kept and dropped, and what was not checked."""
     assert written.manifest is not None
     splits: Mapping[str, int] = written.manifest["splits"]
     lines = [("rows read", rows_in)]
@@ -271,6 +204,11 @@ def _report(written: store.Repo, kind: str, rows_in: int) -> None:
     lines += [(f"dropped: {name}", rows) for name, rows in written.manifest["dropped"].items()]
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:<{width}}  {rows:>8}" for name, rows in lines))
+    if not vocabulary:
+        print(
+            "ids were not compared to the policy's vocabulary, since nothing here tells its size; "
+            "--tokenizer FOLDER would"
+        )
 
 
 if __name__ == "__main__":
