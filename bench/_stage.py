@@ -53,12 +53,12 @@ def generate(work: Path, env: Mapping[str, str] | None = None, **flags: object) 
         process = subprocess.Popen(
             command, stdout=file, stderr=file, env={**os.environ, **(env or {})}
         )
-        peak_rss_mb, cpu = _watch(process)
+        peak_rss_mb, cpu = watch(process)
     assert process.returncode == 0, f"{' '.join(command)}\n{log.read_text()[-3000:]}"
     return Taken(cpu[-1][0] - started, peak_rss_mb, cpu)
 
 
-def _watch(process: subprocess.Popen) -> tuple[float, list[tuple[float, float]]]:
+def watch(process: subprocess.Popen) -> tuple[float, list[tuple[float, float]]]:
     """Wait for a process; return its peak memory in MB and its processor seconds over time.
 
     VmHWM and not wait4's ru_maxrss: that begins with the memory of whoever started the process.
