@@ -52,6 +52,14 @@ def config_hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def is_json_object(text: str) -> bool:
+    """Say whether a flag's text is a JSON object, or empty."""
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False
+
+
 def parse(
     config_type: type[ConfigT],
     argv: Sequence[str] | None = None,

@@ -41,7 +41,7 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError):
         arguments = call["arguments"]  # what a model wrote need not be JSON
     function = {"name": call["name"], "arguments": arguments}
-    named = {} if call["id"] is None else {"id": call["id"]}
+    named = {"id": call["id"]} if call["id"] else {}
     return {**named, "type": "function", "function": function}
 
 
@@ -64,7 +64,7 @@ def with_system_prompt(messages: Sequence[Message], text: str) -> list[Message]:
     """Put a system prompt first, in place of the dialogue's own; "" changes nothing."""
     if not text:
         return list(messages)
-    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    rest = messages[1:] if messages and messages[0].get("role") == "system" else messages
     return [Message(role="system", content=text), *rest]
 
 

@@ -23,7 +23,7 @@ from pipeline.seeds import generator_for
 from pipeline.shelf import Shelf
 
 GAME = "guessing_game"
-_ROLES = {
+ROLES = {
     "human": "user",
     "user": "user",
     "prompter": "user",
@@ -186,11 +186,11 @@ def _from_pairs(item: Any) -> Message:
 
 
 def _message(role: Any, content: Any) -> Message:
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise NotADialogue("unknown_role")
     if not isinstance(content, str):
         raise NotADialogue("content_is_not_text")
-    return Message(role=_ROLES[role], content=content)
+    return Message(role=ROLES[role], content=content)
 
 
 def source_of(dataset: str) -> list[Repo]:

@@ -1,45 +1,51 @@
-"""Pairs that others published: REFUEL's padded ids, and text with `chosen` and `rejected`."""
+"""Pairs of ids that others published: REFUEL's columns, padded."""
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import filters
 from pipeline.columns import PAIR_SIDES, of_side, ragged
-from pipeline.errors import RowError
 from pipeline.examples import check_pair, common_prefix
-from pipeline.prompts import NotADialogue, hh_messages
 from pipeline.records import (
-    PAIRS,
     IntArray,
     Member,
-    Message,
     PairExample,
-    Rollout,
     Segment,
     Span,
     TrainingSequence,
 )
-from pipeline.rows import clean_message, pair_row
+from pipeline.repos import Repo
+from pipeline.rows import clean_message
+from pipeline.sifting import Sifted, rows_of
+from pipeline.text_rows import Keys, fork_of, prompt_id_of
 
 REFUEL_PAD = 128256
 """The id behind Llama 3's vocabulary that the published REFUEL datasets are padded with."""
 
 REFUEL_COLUMNS = ("chosen_token", "chosen_mask", "chosen_reward")
-TEXT_COLUMNS = ("chosen", "rejected")
 READ = [*PAIR_SIDES, *(of_side(s, n) for s in PAIR_SIDES for n in ("token", "mask", "reward"))]
 _BATCH_ROWS = 256
+
+Found: TypeAlias = tuple[list[PairExample], list[dict[str, Any]]]
+"""The pair of a row, or why it is dropped."""
 
 
 def is_published(columns: Collection[str]) -> bool:
     """Say whether these are the columns of a published REFUEL dataset: pairs without segments."""
     return set(READ) <= set(columns) and "chosen_segments" not in columns
+
+
+def sift_pairs(source: Repo, split: str, max_length: int) -> Iterator[Sifted]:
+    """Select from the rows of a published REFUEL dataset, each a pair."""
+    results = _pairs(source.batches(split, READ, _BATCH_ROWS), max_length)
+    while some := list(islice(results, _BATCH_ROWS)):
+        kept = [pair for pairs, _ in some for pair in pairs]
+        dropped = [row for _, left_out in some for row in left_out]
+        yield Sifted(len(some), rows_of(kept, "pairs"), dropped)
 
 
 def our_pairs(
@@ -50,14 +56,18 @@ def our_pairs(
     Rows left out are appended to `dropped`, each with its `reason`. Raises DataError for a row that
     can't be trained on for no fault that a filter knows.
     """
-    results = published_pairs(chain.from_iterable(map(_rows, batches)))
+    results = _pairs(batches)
     while some := list(islice(results, _BATCH_ROWS)):
         dropped += [row for _, left_out in some for row in left_out]
         pairs = [pair for kept, _ in some for pair in kept]
         for pair in pairs:
             check_pair(pair)
         if pairs:
-            yield pa.RecordBatch.from_pylist([pair_row(pair) for pair in pairs], schema=PAIRS)
+            yield rows_of(pairs, "pairs")
+
+
+def _pairs(batches: Iterable[pa.RecordBatch], max_length: int | None = None) -> Iterator[Found]:
+    return published_pairs(chain.from_iterable(map(_rows, batches)), max_length)
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
@@ -79,14 +89,14 @@ def pair_from_published(row: Mapping[str, Any], pad_id: int = REFUEL_PAD) -> Pai
     anew. The longest common prefix stands for the context at the fork, which isn't recorded.
     """
     texts = [[clean_message(message) for message in row[side]] for side in ("chosen", "reject")]
-    fork = _fork(*texts)
+    fork = fork_of(*texts)
     chosen, reject = (
         Member(k, texts[k], _unpadded(row, side, fork or 0, pad_id), float(row[f"{side}_reward"]))
         for k, side in enumerate(("chosen", "reject"))
     )
     prefix = common_prefix(chosen.sequence.ids, reject.sequence.ids)
     score_turn = sum(message["role"] == "assistant" for message in texts[0]) - 1
-    return PairExample(_prompt_id(texts[0]), fork, score_turn, chosen, reject, prefix)
+    return PairExample(prompt_id_of(texts[0]), fork, score_turn, chosen, reject, prefix)
 
 
 def _unpadded(row: Mapping[str, Any], side: str, turn: int, pad_id: int) -> TrainingSequence:
@@ -113,78 +123,9 @@ def published_reason(pair: PairExample, max_length: int | None) -> str | None:
     )
 
 
-def rollouts_of_text(row: Mapping[str, Any]) -> list[Rollout]:
-    """Turn a pair of texts (HH, trl-style) into two rollouts without ids that part at a turn.
-
-    `score_chosen` and `score_rejected` are their rewards where a dataset has them; a mere
-    preference is 1 and 0. Raises RowError for what is no dialogue.
-    """
-    texts = [_messages(row[side]) for side in TEXT_COLUMNS]
-    fork = _fork(*texts)
-    if fork is None:
-        raise RowError("not_a_pair", "the texts don't part at an answer")
-    scores = [row.get("score_chosen"), row.get("score_rejected")]
-    rewards = [1.0, 0.0] if None in scores else [float(score or 0.0) for score in scores]
-    return [_rollout(texts[k], k, fork, rewards[k]) for k in range(2)]
-
-
-def _rollout(messages: list[Message], sample: int, fork: int, reward: float) -> Rollout:
-    # The text after the last answer (HH has a few) is nothing that the policy said.
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return Rollout(
-        prompt_id=_prompt_id(messages),
-        sample=sample,
-        messages=messages[: spoken[-1] + 1],
-        turns=None,
-        branch_turn=fork,
-        score_turn=len(spoken) - 1,
-        status="complete",
-        end_reason="text",
-        rewards=[None] * (len(spoken) - 1) + [reward],
-    )
-
-
-def _messages(value: Any) -> list[Message]:
-    try:
-        if isinstance(value, str):
-            return hh_messages(value)
-        return [Message(role=item["role"], content=item["content"]) for item in value]
-    except (NotADialogue, KeyError, TypeError) as error:
-        raise RowError("not_a_dialogue", str(error)) from None
-
-
-def _fork(left: list[Message], right: list[Message]) -> int | None:
-    """Return the policy turn at which two dialogues part; None where it is no turn of both's."""
-    shorter = min(len(left), len(right))
-    first = next((i for i in range(shorter) if left[i] != right[i]), None)
-    if first is None or any(text[first]["role"] != "assistant" for text in (left, right)):
-        return None
-    return sum(message["role"] == "assistant" for message in left[:first])
-
-
-def _prompt_id(messages: list[Message]) -> str:
-    """Hash what comes before the first answer, so that pairs of one prompt share a split."""
-    end = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-    text = json.dumps(messages[:end], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-class Keys:
-    """Sample numbers for pairs that came without: the k-th pair of a prompt has 2k and 2k+1."""
-
-    def __init__(self) -> None:
-        self._seen: Counter[str] = Counter()
-
-    def take(self, prompt_id: str) -> tuple[int, int]:
-        """Return the numbers of a prompt's next pair."""
-        first = 2 * self._seen[prompt_id]
-        self._seen[prompt_id] += 1
-        return first, first + 1
-
-
 def published_pairs(
     rows: Iterable[Mapping[str, Any]], max_length: int | None = None
-) -> Iterator[tuple[list[PairExample], list[dict[str, Any]]]]:
+) -> Iterator[Found]:
     """Yield, for each row of a published REFUEL dataset, its pair or why it is dropped."""
     keys = Keys()
     for row in rows:
@@ -195,19 +136,3 @@ def published_pairs(
             yield [], [{"prompt_id": pair.prompt_id, "samples": samples, "reason": reason}]
         else:
             yield [pair], []
-
-
-def text_rollouts(
-    rows: Iterable[Mapping[str, Any]],
-) -> Iterator[tuple[list[Rollout], list[dict[str, Any]]]]:
-    """Yield, for each pair of texts, its two rollouts or why it is dropped."""
-    keys = Keys()
-    for place, row in enumerate(rows):
-        try:
-            pair = rollouts_of_text(row)
-        except RowError as error:
-            yield [], [{"row": place, "reason": error.reason, "detail": error.detail}]
-        else:
-            for rollout, sample in zip(pair, keys.take(pair[0].prompt_id), strict=True):
-                rollout.sample = sample
-            yield pair, []

@@ -26,6 +26,7 @@ class Rules:
     """What trains (`mask`), what is too much, and what a group's advantages are.
 
     `encoder` gives the chat template for text without ids; it is asked for only when there is some.
+    `ahead` is told of rollouts without ids before they are selected, to encode them at once.
     """
 
     mask: str
@@ -34,6 +35,7 @@ class Rules:
     advantages: str = "none"
     drop_truncated: bool = False
     keep_ties: bool = False
+    ahead: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Encoding, Tokenizer
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
 
 PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -49,7 +50,7 @@ def unused_characters(text: str, count: int) -> list[str]:
 class Shield:
     """The special tokens of one tokenizer, and how to hide what only looks like one."""
 
-    def __init__(self, backend: Tokenizer, special: Sequence[str]) -> None:
+    def __init__(self, backend: "Tokenizer", special: Sequence[str]) -> None:
         self._backend = backend
         self.special = sorted(special, key=len, reverse=True)  # the longest match wins
         alternatives = "|".join(map(re.escape, self.special)) or r"(?!)"
@@ -70,11 +71,11 @@ class Shield:
         return Cover(self, start, end, dict(zip(firsts, hidden, strict=True)))
 
     @cached_property
-    def plain(self) -> Tokenizer:
+    def plain(self) -> "Tokenizer":
         """The tokenizer without post-processor, for offsets that cover every character."""
         return _respelled(self._backend, {})
 
-    def copy(self, start: str, end: str) -> Tokenizer:
+    def copy(self, start: str, end: str) -> "Tokenizer":
         """Return the tokenizer without post-processor, special token k spelled {start}k{end}.
 
         Without a post-processor offsets cover every character (byte-level ones trim spaces).
@@ -109,14 +110,16 @@ class Cover:
         )
         return spelled.translate(self._restored)
 
-    def encode(self, rendered: str) -> Encoding:
+    def encode(self, rendered: str) -> "Encoding":
         """Encode what the template rendered; offsets count the characters of `spell`."""
         tokenizer = self._shield.copy(*self._edges)
         return tokenizer.encode(self.spell(rendered), add_special_tokens=False)
 
 
-def _respelled(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
+def _respelled(backend: "Tokenizer", names: dict[str, str]) -> "Tokenizer":
     """Copy a tokenizer under other names of its special tokens; every id stays."""
+    from tokenizers import Tokenizer
+
     state = json.loads(backend.to_str())
     state |= {"post_processor": None, "truncation": None, "padding": None}
     for token in state["added_tokens"]:

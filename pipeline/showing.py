@@ -7,16 +7,12 @@ from rich.console import RenderableType
 
 from pipeline.errors import DataError, RowError
 from pipeline.paint import Look
-from pipeline.published import (
-    TEXT_COLUMNS,
-    is_published,
-    pair_from_published,
-    rollouts_of_text,
-)
+from pipeline.published import is_published, pair_from_published
 from pipeline.records import Rollout
 from pipeline.rows import clean_message, group_from_row, pair_from_row, rollout_from_row
 from pipeline.show_rollouts import rollout_page
 from pipeline.show_sequences import group_page, pair_page
+from pipeline.text_rows import TEXT_COLUMNS, rollouts_of_text
 from pipeline.visible import in_line
 
 PAIRS, GROUPS = {"chosen_token", "chosen_segments"}, {"token", "mask", "segments"}

@@ -71,6 +71,7 @@ def select_texts(batch: pa.RecordBatch, kind: str, rules: Rules) -> Selection:
     """Select prompt by prompt, in records instead of columns."""
     prompts = prompts_of(batch)
     rollouts = [rollout_from_row(row) for row in batch.to_pylist()]
+    rules.ahead(rollouts)
     kept, numbers, dropped = list[Any](), list[int](), list[tuple[int, Dropped]]()
     choose: Callable[[Sequence[Rollout], Rules], tuple[Sequence[Any], list[Dropped]]]
     choose = select_pairs if kind == "pairs" else select_group

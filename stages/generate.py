@@ -4,7 +4,6 @@ python stages/generate.py --model POLICY --output_repo ./rollouts
 """
 
 import asyncio
-import json
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import store
-from pipeline.config import execution, run
+from pipeline.config import execution, is_json_object, run
 from pipeline.engines import ENGINES, SPEAK_TEXT
 from pipeline.environments import ENVIRONMENTS, NEEDS_USER_MODEL
 from pipeline.errors import DataError
@@ -167,7 +166,7 @@ class Config:
         if min(self.num_data, self.temperature, self.user_temperature or 0, self.retries) < 0:
             problems.append("--num_data, temperatures and --retries can't be negative")
         for name in ("template_kwargs", "user_template_kwargs"):
-            if not _is_json_object(getattr(self, name)):
+            if not is_json_object(getattr(self, name)):
                 problems.append(f'--{name} must be JSON such as {{"enable_thinking": false}}')
         if problems:
             raise DataError("; ".join(problems))
@@ -187,13 +186,6 @@ class Config:
     def turns_of(self, plan: Plan) -> int:
         """Return the policy turns of a rollout that nothing ends early."""
         return max(plan.score_turn + 1, self.num_turns if self.full_dialogues else 0)
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text or "{}"), dict)
-    except ValueError:
-        return False
 
 
 def main(config: Config) -> None:

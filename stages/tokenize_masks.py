@@ -3,24 +3,25 @@
 python stages/tokenize_masks.py --input_repo ./ranked --output_repo ./pairs
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pipeline import store
-from pipeline.config import execution, run
+from pipeline.config import execution, is_json_object, run
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from pipeline.selection import Rules
     from pipeline.sifting import Sifted
+    from pipeline.text_encoding import TextEncoder
 
 FORMATS = ("pairs", "groups")
 MASKS = ("forked", "last", "all")
 ADVANTAGES = ("none", "normalised", "centred")
 KEEP_OR_DROP = ("keep", "drop")
-BATCH_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Config:
     """Decides which prompts are the test split."""
     tokenizer: str = ""
     """Model folder or Hub id whose chat template encodes rows that have text but no ids."""
+    system_prompt: str = ""
+    """System message of rows that have text but no ids, in place of their own."""
+    template_kwargs: str = ""
+    """Further variables of the chat template, as JSON: {"enable_thinking": false}."""
+    num_proc: int = execution(1)
+    """Processes that encode text; 1 encodes in this one, with a thread for each core."""
     public: bool = execution(False)
     """Make a Hub repo public; it is private otherwise."""
     trust_remote_code: bool = False
@@ -67,6 +74,10 @@ class Config:
         ]:
             if _of(self, name) not in known:
                 problems.append(f"--{name} {_of(self, name)}: known are {', '.join(known)}")
+        if not is_json_object(self.template_kwargs):
+            problems.append('--template_kwargs must be JSON such as {"enable_thinking": false}')
+        if self.num_proc < 1:
+            problems.append(f"--num_proc {self.num_proc}: at least 1")
         if self.max_length < 2:
             problems.append(f"--max_length {self.max_length}: at least 2")
         if self.test_size < 0 or (self.test_size > 1 and self.test_size % 1):
@@ -128,71 +139,57 @@ def _shown(sifted: Iterable["Sifted"], rows_in: int) -> Iterator["Sifted"]:
             bar.update(some.rows_in)
 
 
-def _rules(config: Config, date: str) -> "Rules":
+def _rules(config: Config, texts: Callable[[], "TextEncoder"]) -> "Rules":
     from pipeline.selection import Rules
 
     return Rules(
         config.mask,
         config.max_length,
-        cache(lambda: _encoder(config, date)),
+        texts,
         config.advantages,
         config.truncated == "drop",
         config.ties == "keep",
+        ahead=lambda rollouts: texts().prepare(rollouts),
     )
 
 
 def _sifted(config: Config, source: store.Repo, date: str) -> Iterator["Sifted"]:
-    """Select from our rollouts, or from pairs that others made."""
+    """Select from our rollouts, or from what others made: pairs of ids, dialogues of text."""
     from pipeline import published
-    from pipeline.selection import select_group, select_pairs
     from pipeline.sifting import sift
 
-    columns, rules = set(source.columns(config.split)), _rules(config, date)
-    if columns.issuperset(published.REFUEL_COLUMNS) and "chosen_segments" not in columns:
-        if config.format != "pairs":
-            raise DataError(f"{source.name} holds pairs of ids: --format pairs")
-        rows = published.published_pairs(_rows(source, config), config.max_length)
-        yield from _batched(rows, config.format)
-    elif columns.issuperset(published.TEXT_COLUMNS) and "messages" not in columns:
-        select = select_pairs if config.format == "pairs" else select_group
-        texts = published.text_rollouts(_rows(source, config))
-        rows = (_added(select(two, rules) if two else ([], []), left) for two, left in texts)
-        yield from _batched(rows, config.format)
-    else:
-        yield from sift(source, config.split, config.format, rules)
+    columns = set(source.columns(config.split))
+    with ExitStack() as opened:
+        rules = _rules(config, cache(lambda: _texts(config, date, opened)))
+        if columns.issuperset(published.REFUEL_COLUMNS) and "chosen_segments" not in columns:
+            if config.format != "pairs":
+                raise DataError(f"{source.name} holds pairs of ids: --format pairs")
+            yield from published.sift_pairs(source, config.split, config.max_length)
+        elif columns >= {"messages", "turns"}:
+            yield from sift(source, config.split, config.format, rules)
+        else:
+            from pipeline.text_selection import sift_texts
+
+            yield from sift_texts(source, config.split, config.format, rules)
 
 
-def _added(found: tuple[Any, list[dict[str, Any]]], left: list[dict[str, Any]]) -> tuple[Any, Any]:
-    return found[0], left + found[1]
-
-
-def _batched(rows: Iterable[tuple[Any, list[dict[str, Any]]]], kind: str) -> Iterator["Sifted"]:
-    """Join what became of single rows of the input."""
-    from itertools import islice
-
-    from pipeline.sifting import Sifted, rows_of
-
-    rows = iter(rows)
-    while some := list(islice(rows, BATCH_ROWS)):
-        kept = [example for examples, _ in some for example in examples]
-        dropped = [row for _, left_out in some for row in left_out]
-        yield Sifted(len(some), rows_of(kept, kind), dropped)
-
-
-def _rows(source: store.Repo, config: Config) -> Iterator[dict[str, Any]]:
-    for batch in source.batches(config.split, batch_rows=64):
-        yield from batch.to_pylist()
-
-
-def _encoder(config: Config, date: str) -> Any:
-    from pipeline.chat_files import load_chat
+def _texts(config: Config, date: str, opened: ExitStack) -> "TextEncoder":
+    """Load the chat template of text, in processes of its own where more than one is asked for."""
+    from pipeline.encoding_pool import EncodingPool, Template
+    from pipeline.text_encoding import TextEncoder
 
     if not config.tokenizer:
         raise DataError(
             f"{config.input_repo} has rows of text without ids; say whose chat template encodes "
             "them with --tokenizer MODEL"
         )
-    return load_chat(config.tokenizer, date, config.trust_remote_code)
+    template = Template(config.tokenizer, date, config.trust_remote_code, config.template_kwargs)
+    if config.num_proc == 1:
+        encoders: Any = template.load()
+    else:
+        encoders = opened.enter_context(closing(EncodingPool(template, config.num_proc)))
+    needs_reward = config.format == "pairs" or config.advantages != "none"
+    return TextEncoder(encoders, config.mask, needs_reward, config.system_prompt)
 
 
 def _report(written: store.Repo, kind: str, rows_in: int, vocabulary: int) -> None:

@@ -8,10 +8,11 @@ import pytest
 from pipeline import store
 from pipeline.errors import DataError, RowError
 from pipeline.examples import check_pair
-from pipeline.published import pair_from_published, rollouts_of_text, text_rollouts
+from pipeline.published import pair_from_published
 from pipeline.records import Segment, Span
 from pipeline.rows import pair_from_row
 from pipeline.sources import open_pairs
+from pipeline.text_rows import rollouts_of_text, text_rollouts
 from stages.tokenize_masks import Config, main
 from templates import make_tokenizer
 from tests import multiturn
@@ -164,19 +165,25 @@ def test_texts_that_are_no_pair(reason: str, changes: dict[str, Any]) -> None:
     with pytest.raises(RowError) as caught:
         rollouts_of_text(HH | changes)
     assert caught.value.reason == reason
-    assert [d[0]["reason"] for r, d in text_rollouts([HH | changes]) if not r] == [reason]
+    assert [
+        d[0]["reason"] for r, d in text_rollouts([HH | changes], rollouts_of_text) if not r
+    ] == [reason]
 
 
 def test_tokenize_masks_reads_pairs_of_texts(tmp_path: Path) -> None:
     make_tokenizer("llama3").save_pretrained(tmp_path / "model")
-    repo = tokenize(tmp_path, [HH, HH, HH | {"rejected": "?"}], tokenizer=str(tmp_path / "model"))
+    other = HH | {"rejected": HH["rejected"] + "\n\nHuman: Oh."}
+    rows = [HH, HH | {"chosen": HH["chosen"][:-1]}, HH, other, HH | {"rejected": "?"}]
+    repo = tokenize(tmp_path, rows, tokenizer=str(tmp_path / "model"))
     tokenizer = make_tokenizer("llama3")
     for pair in (pair_from_row(row) for row in repo.table().to_pylist()):
         chosen, reject = pair.chosen.sequence, pair.reject.sequence
-        assert tokenizer.decode(chosen.ids[chosen.mask == 1].tolist()) == "The answer.<|eot_id|>"
+        said = tokenizer.decode(chosen.ids[chosen.mask == 1].tolist())
+        assert said in ("The answer.<|eot_id|>", "The answer<|eot_id|>")
         assert tokenizer.decode(reject.ids[reject.mask == 1].tolist()) == "No.<|eot_id|>"
         prefix = tokenizer.decode(chosen.ids[: pair.prefix_length].tolist())
         assert prefix.endswith("More?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
     assert repo.num_rows() == 2
     assert repo.manifest is not None
-    assert repo.manifest["dropped"] == {"not_a_dialogue": 1}
+    # What somebody said after the last answer is nothing that trains.
+    assert repo.manifest["dropped"] == {"duplicate": 2, "not_a_dialogue": 1}
