@@ -6,25 +6,23 @@ Under accelerate launch or torchrun the processes share the rows.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline import store
 from pipeline.config import execution, run
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from tqdm import tqdm
 
     from pipeline.engines.base import EngineOptions
     from pipeline.rewards.base import RewardModel
-    from pipeline.rewards.summary import Summary
-    from pipeline.scoring import Chunk, Records
+    from pipeline.scoring import Chunk
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,9 @@ class Config:
 def main(config: Config) -> None:
     """Score what is missing of this process's chunks; process 0 then writes all of them."""
     from pipeline import ranks
+    from pipeline.ranked import write_ranked
     from pipeline.rewards import reward_fingerprint
+    from pipeline.rewards.telling import show
     from pipeline.scoring import Records
 
     prompts = store.open_repo(config.prompts)
@@ -143,7 +143,8 @@ def main(config: Config) -> None:
         records, chunks = Records(output.work), _chunk_counts(config, prompts)
         missing, begun = partial(records.missing, chunks, _world()), output.claim.begun
         ranks.wait(output.work, missing, begun, share.seen)
-        _write(config, output, prompts, records, f"{config.reward_model}@{fingerprint}")
+        reward_model = config.reward_model, fingerprint
+        show(write_ranked(output, prompts, config.columns, records, reward_model))
 
 
 def _rank() -> int:
@@ -256,84 +257,6 @@ def _chunk_counts(config: Config, prompts: store.Repo) -> dict[str, int]:
         )
         for split in prompts.splits()
     }
-
-
-def _write(
-    config: Config,
-    output: store.Run,
-    prompts: store.Repo,
-    records: "Records",
-    reward_model: str,
-) -> None:
-    """Write the rows in the input's order."""
-    from pipeline.rewards.summary import Summary
-    from pipeline.rewards.telling import show
-
-    total = Summary()
-    by_split = {split: Summary() for split in prompts.splits()}
-    splits = {
-        split: _batches(config, prompts, split, records, reward_model, (total, by_split[split]))
-        for split in by_split
-    }
-    # The store reads these after the rows, which fill them as they pass: one pass, flat memory.
-    told: dict[str, dict[str, Any]] = {"counts": {}, "extra": {}, "pictures": {}, "card": {}}
-    last = prompts.splits()[-1]
-    splits[last] = _then(splits[last], lambda: _tell(config, total, by_split, told))
-    output.write(
-        splits,
-        counts=told["counts"],
-        extra=told["extra"],
-        pictures=told["pictures"],
-        card=told["card"],
-    )
-    show(total)
-
-
-def _batches(
-    config: Config,
-    prompts: store.Repo,
-    split: str,
-    records: "Records",
-    reward_model: str,
-    summaries: Sequence["Summary"],
-) -> Iterator["pa.RecordBatch"]:
-    import pyarrow as pa
-
-    from pipeline.rankable import rollouts_of
-    from pipeline.records import RANKED
-    from pipeline.rows import rollout_row
-    from pipeline.scoring import ranked_windows
-
-    rollouts = rollouts_of(prompts, split, config.columns)
-    for window in ranked_windows(rollouts, split, records, reward_model):
-        for summary in summaries:
-            for rollout in window:
-                summary.add(rollout)
-        yield pa.RecordBatch.from_pylist([rollout_row(item) for item in window], schema=RANKED)
-    for summary in summaries:
-        summary.close_prompt()
-
-
-def _then(
-    batches: Iterator["pa.RecordBatch"], finish: Callable[[], None]
-) -> Iterator["pa.RecordBatch"]:
-    yield from batches
-    finish()
-
-
-def _tell(
-    config: Config,
-    total: "Summary",
-    by_split: Mapping[str, "Summary"],
-    told: dict[str, dict[str, Any]],
-) -> None:
-    from pipeline.rewards.telling import extra, pictures, tables
-
-    splits = by_split if len(by_split) > 1 else {}
-    told["counts"].update(total.counts())
-    told["extra"].update(extra(total, splits))
-    told["card"].update(tables=tables(total, splits))
-    told["pictures"].update(pictures(config.reward_model, total))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ LOOPS = {
     "logprob_rows",
     "parties",
     "preferences",
+    "ranked",
     "reference",
     "rollout",
     "scoring",

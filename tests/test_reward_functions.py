@@ -65,6 +65,7 @@ def scored(spec: str, item: Rollout, *turns: int) -> Scored:
 def test_the_example_of_the_readme(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(EXAMPLE)
+    assert EXAMPLE.strip() in (Path(__file__).parents[1] / "README.md").read_text()
     item = rollout("who?", "let me look", "so?", "it is Ann", info={"answer": "Ann"})
     item.tools = '[{"type": "function", "function": {"name": "search"}}]'
     item.messages[1]["tool_calls"] = [{"id": "1", "name": "search", "arguments": "{}"}]
