@@ -2,23 +2,30 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.chat import Chat
 from pipeline.compat import (
     MISSING_SCORE,
     SAME_RESPONSE,
     TOO_LONG,
     Side,
     refuel_order,
+    refuel_pairs,
     refuel_reason,
     sampled_ids,
     side_of,
 )
+from pipeline.errors import DataError
+from pipeline.examples import Encoder, check_pair
 from pipeline.records import NO_SCORE, Message, Rollout, Turn
+from pipeline.selection import Rules
 from play import messages_of, played
+from templates import make_tokenizer
 
 
 def side(said: str, reward: float = 0.5, ids: int = 9, **changes: Any) -> Side:
@@ -79,10 +86,10 @@ def test_of_equals_the_second_is_chosen(
     assert refuel_order(side("a", rewards[0]), side("b", rewards[1])) == order
 
 
-def test_the_first_is_counted_whole_and_the_second_up_to_the_fork() -> None:
+def test_ids_count_through_a_turn() -> None:
     # Ids by turn: 2 + 1, 2 + 2, 2 + 3.
     rollouts = [played([[1], [2, 3], [4, 5, 6]], branch_turn=1, sample=k) for k in range(2)]
-    first, second = (side_of(rollout, sampled_ids) for rollout in rollouts)
+    first, second = side_of(rollouts[0], 2, sampled_ids), side_of(rollouts[1], 1, sampled_ids)
     assert (first.ids, second.ids) == (12, 7)
     assert first.said == answer("[2, 3]")
 
@@ -133,8 +140,8 @@ def our_way(row: dict[str, Any]) -> tuple[str, list[int], list[int]] | str:
         )
     ]
     first, second = (
-        side_of(rollout, lambda r, turn: len(page(r.messages[: 2 * (turn + 1)])))
-        for rollout in rollouts
+        side_of(rollout, last, lambda r, turn: len(page(r.messages[: 2 * (turn + 1)])))
+        for rollout, last in zip(rollouts, (4, row["h"]), strict=True)
     )
     names = {MISSING_SCORE: "rule 1", SAME_RESPONSE: "rule 2", TOO_LONG: "rule 3"}
     if reason := refuel_reason(first, second, LIMIT):
@@ -172,3 +179,122 @@ def test_the_same_rows_as_the_seed_with_the_same_reasons() -> None:
     found = Counter(one if isinstance(one, str) else one[0] for one in outcomes)
     assert set(found) == {"rule 1", "rule 2", "rule 3", "first", "second"}
     assert min(found.values()) > 20, found
+
+
+# Whole pairs
+
+
+def no_encoder() -> Encoder:
+    raise AssertionError("rows with ids need no chat template")
+
+
+RULES = Rules("forked", 100, no_encoder)
+
+
+def fork(sample: int, last: Sequence[int], reward: float = 0.5, **changes: Any) -> Rollout:
+    """Return a dialogue of three turns that parts at the second, scored there."""
+    values = {"branch_turn": 1, "score_turn": 1, "rewards": [0.0, reward, 0.0], "sample": sample}
+    return played([[1, 2], last, [8] * (3 - sample)], **(values | changes))
+
+
+def reasons(dropped: Sequence[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(row["sample"], row["reason"]) for row in dropped]
+
+
+def test_a_tie_is_kept_with_the_second_as_chosen() -> None:
+    for order in ([0, 1], [1, 0]):
+        both = [fork(0, [3]), fork(1, [4, 5])]
+        (pair,), dropped = refuel_pairs([both[i] for i in order], RULES)
+        check_pair(pair)
+        assert dropped == []
+        assert (pair.chosen.sample, pair.reject.sample) == (1, 0)
+        assert pair.chosen.reward == pair.reject.reward
+        # Ids end with the turn that trains; messages with the score turn.
+        assert pair.chosen.sequence.ids.tolist() == [10, 20, 1, 2, 11, 21, 4, 5]
+        assert pair.chosen.sequence.mask.tolist() == [0] * 6 + [1] * 2
+        assert len(pair.chosen.messages) == 4
+
+
+def test_the_higher_reward_at_the_score_turn_is_chosen() -> None:
+    (pair,), _ = refuel_pairs([fork(0, [3], 0.75), fork(1, [4], 0.5)], RULES)
+    assert (pair.chosen.sample, pair.chosen.reward, pair.reject.reward) == (0, 0.75, 0.5)
+
+
+def test_a_cut_turn_gets_no_end_of_turn() -> None:
+    cut = fork(1, [4, 5], 0.75)
+    assert cut.turns is not None
+    cut.turns[1].finish_reason = "length"
+    (pair,), _ = refuel_pairs([fork(0, [3]), cut], RULES)
+    assert pair.chosen.sequence.ids[pair.chosen.sequence.mask == 1].tolist() == [4, 5]
+
+
+def test_a_score_that_misses_after_the_score_turn_drops_both() -> None:
+    bad = fork(1, [4], rewards=[0.0, 0.5, NO_SCORE])
+    pairs, dropped = refuel_pairs([fork(0, [3]), bad], RULES)
+    assert (pairs, reasons(dropped)) == ([], [(0, MISSING_SCORE), (1, MISSING_SCORE)])
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(12, 1), (11, 0)])
+def test_turns_after_the_fork_count_in_the_first_dialogue_only(limit: int, kept: int) -> None:
+    """The first has 2 + 2, 2 + 1 and 2 + 3 ids; the second's 20 of its last turn don't count."""
+    long = fork(1, [4])
+    assert long.turns is not None
+    long.turns[2].response_ids = [9] * 20
+    long.turns[2].logprobs = None
+    pairs, dropped = refuel_pairs(
+        [fork(0, [3]), long], dataclasses.replace(RULES, max_length=limit)
+    )
+    assert len(pairs) == kept
+    assert reasons(dropped) == ([] if kept else [(0, TOO_LONG), (1, TOO_LONG)])
+
+
+def test_rollouts_that_the_script_cant_have() -> None:
+    failed = fork(1, [4], status="failed", end_reason="server_lost")
+    pairs, dropped = refuel_pairs([fork(0, [3]), failed], RULES)
+    assert (pairs, reasons(dropped)) == ([], [(0, "missing_sibling"), (1, "failed")])
+    assert [row["detail"] for row in dropped] == ["sample 1: failed", "server_lost"]
+    assert reasons(refuel_pairs([fork(0, [3])], RULES)[1]) == [(0, "missing_sibling")]
+    unasked = fork(1, [4], rewards=[0.0, None, 0.0])
+    assert reasons(refuel_pairs([fork(0, [3]), unasked], RULES)[1]) == [
+        (0, "missing_sibling"),
+        (1, "no_reward"),
+    ]
+    other = fork(1, [4])
+    assert other.turns is not None
+    other.turns[0].response_ids = [1, 7]
+    assert {row["reason"] for row in refuel_pairs([fork(0, [3]), other], RULES)[1]} == {
+        "different_prefix"
+    }
+
+
+def test_groups_and_rollouts_without_a_fork_are_refused() -> None:
+    with pytest.raises(DataError, match="has 3 rollouts"):
+        refuel_pairs([fork(k, [k]) for k in range(3)], RULES)
+    with pytest.raises(DataError, match="share only the prompt"):
+        refuel_pairs([fork(k, [k], branch_turn=None) for k in range(2)], RULES)
+
+
+def test_text_gives_the_scripts_ids_and_masks() -> None:
+    """Templates trim, and end a turn whether or not the model did: from text as there."""
+    tokenizer = make_tokenizer("llama3")
+    chat = Chat(tokenizer, "2026-01-01")
+    said = [["Yes.", "It is so. ", "Bye."], ["Yes.", " It may be.", "No."]]
+    rollouts = [
+        dataclasses.replace(fork(k, [k], 0.5 + k), turns=None, messages=messages_of(texts))
+        for k, texts in enumerate(said)
+    ]
+    (pair,), dropped = refuel_pairs(rollouts, Rules("forked", 2048, lambda: chat))
+    assert dropped == []
+    for member, rollout in ((pair.chosen, rollouts[1]), (pair.reject, rollouts[0])):
+        page = tokenizer.apply_chat_template(rollout.messages[:4], return_dict=False)
+        start = len(
+            tokenizer.apply_chat_template(
+                rollout.messages[:3], add_generation_prompt=True, return_dict=False
+            )
+        )
+        assert member.sequence.ids.tolist() == page
+        assert member.sequence.mask.tolist() == [0] * start + [1] * (len(page) - start)
+        assert page[-1] == tokenizer.eos_token_id
+    whole = len(tokenizer.apply_chat_template(rollouts[0].messages, return_dict=False))
+    for limit, kept in ((whole, 1), (whole - 1, 0)):
+        assert len(refuel_pairs(rollouts, Rules("forked", limit, lambda: chat))[0]) == kept
