@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,25 @@ def test_two_processes_share_the_rows(tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert [len((tmp_path / f"calls{r}").read_text()) for r in range(2)] == [32 + 26, 32]
     assert shards(output) == shards(tmp_path / "one")
+
+
+def test_accelerate_launch_gives_the_bytes_of_one_process(tmp_path: Path) -> None:
+    from reward_models import write_armorm
+
+    prompts = write_repo(tmp_path / "rollouts", games(45))
+    model = str(write_armorm(tmp_path / "armorm"))
+    alone = rank(prompts, tmp_path / "one", "--reward_model", model, OMP_NUM_THREADS="1")
+    assert alone.returncode == 0, alone.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).parent / "accelerate", "launch"]
+    command += ["--config_file", ROOT / "accelerate_cfgs" / "multi_cpu.yaml"]
+    command += ["--main_process_port", str(port), ROOT / "stages" / "rank.py"]
+    command += ["--prompts", prompts, "--reward_model", model, "--output_repo", tmp_path / "two"]
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, env=os.environ | settings, check=True, timeout=300)
+    assert shards(tmp_path / "two") == shards(tmp_path / "one")
 
 
 def test_what_one_process_began_two_finish(tmp_path: Path) -> None:
