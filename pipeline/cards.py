@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -172,17 +173,32 @@ def gather(folder: Path, manifest: Mapping[str, Any]) -> Facts:
     paths = [folder / e["path"] for e in manifest["files"] if "split" in e]
     for path in paths:
         present = read_schema(path).names
-        for batch in read_batches([path], [c for c in _COLUMNS if c in present], 256):
+        for batch in read_batches([path], [c for c in _counted(present) if c in present], 256):
             facts.lengths.update(_lengths(batch))
             if "rewards" in batch.schema.names:
                 _add_rewards(facts, batch.column("rewards").to_pylist())
-            for name in ("messages", "chosen"):
-                if name in batch.schema.names and (missing := _SAMPLES - len(facts.samples)) > 0:
-                    facts.samples += batch.column(name).slice(0, missing).to_pylist()
+    facts.samples = _first_dialogues(paths)
     return facts
 
 
-_COLUMNS = ("turns", "messages", "chosen", "chosen_token", "token", "rewards")
+def _counted(names: Sequence[str]) -> Sequence[str]:
+    """Name the columns that lengths and rewards are counted from."""
+    for side in ("chosen_", ""):
+        if f"{side}segments" in names:
+            return [f"{side}segments"]  # they tile the ids, and are a few numbers
+    return ["turns", "chosen_token", "token", "rewards"]
+
+
+def _first_dialogues(paths: Iterable[Path]) -> list[list[dict[str, Any]]]:
+    found: list[list[dict[str, Any]]] = []
+    for path in paths:
+        present = read_schema(path).names
+        for name in (name for name in ("messages", "chosen") if name in present):
+            for batch in islice(read_batches([path], [name], _SAMPLES), 1):
+                found += batch.column(name).to_pylist()
+        if len(found) >= _SAMPLES:
+            break
+    return found[:_SAMPLES]
 
 
 def _lengths(batch: pa.RecordBatch) -> list[int]:
@@ -190,6 +206,9 @@ def _lengths(batch: pa.RecordBatch) -> list[int]:
     import pyarrow.compute as pc
 
     names = batch.schema.names
+    for name in ("chosen_segments", "segments"):
+        if name in names:
+            return [sum(part["length"] for part in row) for row in batch.column(name).to_pylist()]
     for name in ("chosen_token", "token"):
         if name in names:
             return [n or 0 for n in pc.list_value_length(batch.column(name)).to_pylist()]

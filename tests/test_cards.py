@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipeline import cards, store
-from pipeline.records import ROLLOUTS, GroupExample, TrainingSequence, Turn
+from pipeline.records import ROLLOUTS, GroupExample, Segment, TrainingSequence, Turn
 from pipeline.rows import group_row, rollout_row
 from small_repos import Config, ranked_table, rollout, table, write_rollouts
 
@@ -186,7 +186,7 @@ def test_groups_show_lengths_and_no_dialogue(tmp_path):
     from pipeline.records import GROUPS
 
     ids = np.arange(6, dtype=np.int32)
-    sequence = TrainingSequence(ids, np.ones(6, dtype=np.uint8), [], [])
+    sequence = TrainingSequence(ids, np.ones(6, dtype=np.uint8), [Segment(0, 6, 0)], [])
     row = group_row(GroupExample("p", 0, sequence, 0.5, None))
     run = store.begin("tokenize_masks", "groups", Config(), str(tmp_path / "out"))
     run.write({"train": pa.Table.from_pylist([row], schema=GROUPS)}, counts={})
