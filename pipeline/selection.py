@@ -27,6 +27,7 @@ class Rules:
 
     `encoder` gives the chat template for text without ids; it is asked for only when there is some.
     `ahead` is told of rollouts without ids before they are selected, to encode them at once.
+    `compat` names whose rules decide instead of ours: compat.COMPATS.
     """
 
     mask: str
@@ -36,6 +37,7 @@ class Rules:
     drop_truncated: bool = False
     keep_ties: bool = False
     ahead: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
+    compat: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.bulk import Selection, prompts_of, select
+from pipeline.compat import refuel_pairs
 from pipeline.prompt_batches import whole_prompts
 from pipeline.ragged import Bools
 from pipeline.records import GROUPS, PAIRS, PairExample, Rollout
@@ -17,6 +18,7 @@ from pipeline.rows import group_row, pair_row, rollout_from_row
 from pipeline.selection import Dropped, Rules, select_group, select_pairs
 
 SCHEMAS = {"pairs": PAIRS, "groups": GROUPS}
+Choose: TypeAlias = Callable[[Sequence[Rollout], Rules], tuple[Sequence[Any], list[Dropped]]]
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ def sift(source: Repo, split: str, kind: str, rules: Rules) -> Iterator[Sifted]:
 
 def select_any(batch: pa.RecordBatch, kind: str, rules: Rules) -> Selection:
     """Select from whole prompts; one with a rollout of text is encoded, and goes row by row."""
+    if rules.compat != "none":
+        return select_records(batch, kind, rules)
     texts = pc.is_null(batch.column("turns")).to_numpy(zero_copy_only=False)
     if not texts.any():
         return select(batch, kind, rules)
     prompts = prompts_of(batch)
     of_text = np.bincount(prompts, texts)[prompts] > 0
     written = _renumbered(
-        select_texts(batch.filter(pa.array(of_text)), kind, rules), of_text, prompts
+        select_records(batch.filter(pa.array(of_text)), kind, rules), of_text, prompts
     )
     if of_text.all():
         return written
@@ -67,14 +71,13 @@ def _merged(left: Selection, right: Selection) -> Selection:
     return Selection(rows, numbers[order], dropped)
 
 
-def select_texts(batch: pa.RecordBatch, kind: str, rules: Rules) -> Selection:
+def select_records(batch: pa.RecordBatch, kind: str, rules: Rules) -> Selection:
     """Select prompt by prompt, in records instead of columns."""
     prompts = prompts_of(batch)
     rollouts = [rollout_from_row(row) for row in batch.to_pylist()]
     rules.ahead(rollouts)
     kept, numbers, dropped = list[Any](), list[int](), list[tuple[int, Dropped]]()
-    choose: Callable[[Sequence[Rollout], Rules], tuple[Sequence[Any], list[Dropped]]]
-    choose = select_pairs if kind == "pairs" else select_group
+    choose = chooser(kind, rules)
     for number in range(int(prompts[-1]) + 1):
         members = np.flatnonzero(prompts == number).tolist()
         examples, left = choose([rollouts[i] for i in members], rules)
@@ -82,6 +85,13 @@ def select_texts(batch: pa.RecordBatch, kind: str, rules: Rules) -> Selection:
         numbers += [number] * len(examples)
         dropped += [(number, row) for row in left]
     return Selection(rows_of(kept, kind), np.array(numbers, dtype=np.int64), dropped)
+
+
+def chooser(kind: str, rules: Rules) -> Choose:
+    """Return what makes pairs or groups of a prompt's rollouts, by our rules or REFUEL's."""
+    if kind == "groups":
+        return select_group
+    return refuel_pairs if rules.compat == "refuel" else select_pairs
 
 
 def rows_of(examples: Sequence[Any], kind: str) -> pa.RecordBatch:

@@ -23,17 +23,24 @@ class Encoders(Protocol):
 class TextEncoder:
     """The chat template of rollouts of text. `prepare` them before they are selected.
 
-    `mask` and `needs_reward` say what selection is going to ask for; `system_prompt` stands in
-    place of the dialogues' own. Raises DataError where the template takes none.
+    `mask` and `needs_reward` say what selection is going to ask for, `whole` that it asks for the
+    dialogues through their last answer too; `system_prompt` stands in place of the dialogues' own.
+    Raises DataError where the template takes none.
     """
 
     def __init__(
-        self, encoders: Encoders, mask: str, needs_reward: bool, system_prompt: str = ""
+        self,
+        encoders: Encoders,
+        mask: str,
+        needs_reward: bool,
+        system_prompt: str = "",
+        whole: bool = False,
     ) -> None:
         self._encoders = encoders
         self._mask = mask
         self._needs_reward = needs_reward
         self._system_prompt = system_prompt
+        self._whole = whole
         self._known = dict[str, Outcome]()
         if system_prompt:
             _probe(encoders, system_prompt)
@@ -46,11 +53,17 @@ class TextEncoder:
                 continue
             rollout.messages = with_system_prompt(rollout.messages, self._system_prompt)
             if rollout_reason(rollout, self._needs_reward) is None:
-                last = policy_messages(rollout)[trained_turns(rollout, self._mask)[-1]]
-                dialogue = rollout.messages[: last + 1], rollout.tools
-                wanted[_key(dialogue)] = dialogue
+                for last in self._ends(rollout):
+                    dialogue = rollout.messages[: last + 1], rollout.tools
+                    wanted[_key(dialogue)] = dialogue
         found = self._encoders.encode_dialogues(list(wanted.values()))
         self._known = dict(zip(wanted, found, strict=True))
+
+    def _ends(self, rollout: Rollout) -> set[int]:
+        """Return the messages that end what is asked for."""
+        spoken = policy_messages(rollout)
+        trained = spoken[trained_turns(rollout, self._mask)[-1]]
+        return {trained, spoken[-1]} if self._whole else {trained}
 
     def encode_dialogue(self, messages: Sequence[Message], tools: str | None = None) -> Encoded:
         """Return the ids of a dialogue and the (start, end) of each assistant turn in them.

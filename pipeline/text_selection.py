@@ -1,17 +1,16 @@
 """Rows of text that others wrote -> columns of pairs or groups."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.records import Rollout
 from pipeline.rendering import NOT_UNICODE
 from pipeline.repos import Repo
-from pipeline.selection import Dropped, Rules, select_group, select_pairs
-from pipeline.sifting import Sifted, rows_of
+from pipeline.selection import Dropped, Rules
+from pipeline.sifting import Sifted, chooser, rows_of
 from pipeline.text_rows import Row, reader_of, text_rollouts
 
 BATCH_ROWS = 512
@@ -21,8 +20,7 @@ def sift_texts(source: Repo, split: str, kind: str, rules: Rules) -> Iterator[Si
     """Select from the rows of a split, each a prompt of its own. DataError: see reader_of."""
     read, columns = reader_of(source.columns(split), kind, source.name)
     texts = text_rollouts(_rows(source.batches(split, columns, BATCH_ROWS)), read)
-    choose: Callable[[Sequence[Rollout], Rules], tuple[Sequence[Any], list[Dropped]]]
-    choose = select_pairs if kind == "pairs" else select_group
+    choose = chooser(kind, rules)
     while some := list(islice(texts, BATCH_ROWS)):
         rules.ahead([rollout for rollouts, _ in some for rollout in rollouts])
         kept, dropped = list[Any](), list[Dropped]()

@@ -22,6 +22,8 @@ FORMATS = ("pairs", "groups")
 MASKS = ("forked", "last", "all")
 ADVANTAGES = ("none", "normalised", "centred")
 KEEP_OR_DROP = ("keep", "drop")
+COMPATS = ("none", "refuel")
+LIKE_REFUEL = {"format": "pairs", "mask": "forked", "truncated": "keep", "ties": "keep"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Config:
     """Whether to keep or drop rollouts with a trained turn that was cut by the length limit."""
     ties: str = "drop"
     """Of pairs with equal rewards: drop them, or keep them; then the first of equals is chosen."""
+    compat: str = "none"
+    """refuel: pairs by REFUEL's own rules, in its order (pipeline/compat.py); it keeps ties, so
+    --ties keep goes with it."""
     test_size: float = 0.05
     """Prompts of the test split: a fraction below 1, or a number of prompts; 0 makes none."""
     seed: int = 0
@@ -71,6 +76,7 @@ class Config:
             ("advantages", ADVANTAGES),
             ("truncated", KEEP_OR_DROP),
             ("ties", KEEP_OR_DROP),
+            ("compat", COMPATS),
         ]:
             if _of(self, name) not in known:
                 problems.append(f"--{name} {_of(self, name)}: known are {', '.join(known)}")
@@ -84,6 +90,9 @@ class Config:
             problems.append(f"--test_size {self.test_size}: a fraction, or a number of prompts")
         if self.format == "pairs" and self.advantages != "none":
             problems.append("--advantages are of --format groups; a pair keeps its two rewards")
+        if self.compat == "refuel":
+            needs = [f"--{n} {v}" for n, v in LIKE_REFUEL.items() if _of(self, n) != v]
+            problems += [f"--compat refuel goes with {' '.join(needs)}"] if needs else []
         if problems:
             raise DataError("; ".join(problems))
 
@@ -150,6 +159,7 @@ def _rules(config: Config, texts: Callable[[], "TextEncoder"]) -> "Rules":
         config.truncated == "drop",
         config.ties == "keep",
         ahead=lambda rollouts: texts().prepare(rollouts),
+        compat=config.compat,
     )
 
 
@@ -164,6 +174,8 @@ def _sifted(config: Config, source: store.Repo, date: str) -> Iterator["Sifted"]
         if columns.issuperset(published.REFUEL_COLUMNS) and "chosen_segments" not in columns:
             if config.format != "pairs":
                 raise DataError(f"{source.name} holds pairs of ids: --format pairs")
+            if config.compat != "none":
+                raise DataError(f"{source.name} holds pairs already: leave out --compat")
             yield from published.sift_pairs(source, config.split, config.max_length)
         elif columns >= {"messages", "turns"}:
             yield from sift(source, config.split, config.format, rules)
@@ -188,8 +200,9 @@ def _texts(config: Config, date: str, opened: ExitStack) -> "TextEncoder":
         encoders: Any = template.load()
     else:
         encoders = opened.enter_context(closing(EncodingPool(template, config.num_proc)))
-    needs_reward = config.format == "pairs" or config.advantages != "none"
-    return TextEncoder(encoders, config.mask, needs_reward, config.system_prompt)
+    by_refuel = config.compat == "refuel"
+    needs_reward = not by_refuel and (config.format == "pairs" or config.advantages != "none")
+    return TextEncoder(encoders, config.mask, needs_reward, config.system_prompt, by_refuel)
 
 
 def _report(written: store.Repo, kind: str, rows_in: int, vocabulary: int) -> None:

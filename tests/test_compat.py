@@ -3,13 +3,19 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+import stages.tokenize_masks
+from multiturn import published_repo, published_row
+from pipeline import store
 from pipeline.chat import Chat
 from pipeline.compat import (
+    COMPATS,
     MISSING_SCORE,
     SAME_RESPONSE,
     TOO_LONG,
@@ -22,9 +28,12 @@ from pipeline.compat import (
 )
 from pipeline.errors import DataError
 from pipeline.examples import Encoder, check_pair
-from pipeline.records import NO_SCORE, Message, Rollout, Turn
+from pipeline.records import NO_SCORE, RANKED, Message, Rollout, Turn
+from pipeline.rows import rollout_row
 from pipeline.selection import Rules
 from play import messages_of, played
+from small_repos import Config as RepoConfig
+from stages.tokenize_masks import Config, main
 from templates import make_tokenizer
 
 
@@ -286,15 +295,127 @@ def test_text_gives_the_scripts_ids_and_masks() -> None:
     (pair,), dropped = refuel_pairs(rollouts, Rules("forked", 2048, lambda: chat))
     assert dropped == []
     for member, rollout in ((pair.chosen, rollouts[1]), (pair.reject, rollouts[0])):
-        page = tokenizer.apply_chat_template(rollout.messages[:4], return_dict=False)
-        start = len(
-            tokenizer.apply_chat_template(
-                rollout.messages[:3], add_generation_prompt=True, return_dict=False
-            )
-        )
+        page, mask = masked(rollout.messages[:4], tokenizer)
         assert member.sequence.ids.tolist() == page
-        assert member.sequence.mask.tolist() == [0] * start + [1] * (len(page) - start)
+        assert member.sequence.mask.tolist() == mask
         assert page[-1] == tokenizer.eos_token_id
     whole = len(tokenizer.apply_chat_template(rollouts[0].messages, return_dict=False))
     for limit, kept in ((whole, 1), (whole - 1, 0)):
         assert len(refuel_pairs(rollouts, Rules("forked", limit, lambda: chat))[0]) == kept
+
+
+# The stage
+
+
+def masked(messages: list[Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids of a dialogue, and its mask: what the template adds for the last answer."""
+    page = tokenizer.apply_chat_template(messages, return_dict=False)
+    start = tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, return_dict=False
+    )
+    return page, [0] * len(start) + [1] * (len(page) - len(start))
+
+
+def seeds_pairs(rollouts: Sequence[Rollout], tokenizer: Any) -> dict[str, Any]:
+    """Make the script's pairs of text: by prompt, ids and masks of chosen and reject."""
+    found = {}
+    for one, two in zip(rollouts[::2], rollouts[1::2], strict=True):
+        at, last = one.branch_turn or 0, one.score_turn
+        pages = [
+            tokenizer.apply_chat_template(messages, return_dict=False)
+            for messages in (one.messages, two.messages[: 2 * at + 2])
+        ]
+        rewards = [one.rewards or [], two.rewards or []]
+        if (
+            any(NO_SCORE in scores for scores in rewards)
+            or one.messages[2 * at + 1] == two.messages[2 * at + 1]
+            or max(map(len, pages)) > LIMIT_OF_PAGES
+        ):
+            continue
+        sides = [one, two] if (rewards[0][last] or 0) > (rewards[1][last] or 0) else [two, one]
+        found[one.prompt_id] = [masked(side.messages[: 2 * at + 2], tokenizer) for side in sides]
+    return found
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_the_stage_writes_the_scripts_rows(tmp_path: Path, num_proc: int) -> None:
+    """From text every id and mask is the script's; ties, gaps and long tails are among them."""
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    rng = np.random.default_rng(1)
+    rollouts = []
+    for p in range(40):
+        at, scored = int(rng.integers(2)), 2
+        texts = [[" ".join(rng.choice(WORDS, rng.integers(1, 4))) for _ in range(4)] for _ in "ab"]
+        texts[1][:at] = texts[0][:at]
+        if p % 8 == 0:
+            texts[1][at] = texts[0][at]
+        for k in range(2):
+            rewards = rng.choice([0.0, 1.0, NO_SCORE], 4, p=[0.5, 0.45, 0.05]).tolist()
+            rollouts.append(
+                played(
+                    [[1]] * 4,
+                    prompt_id=f"p{p:02d}",
+                    sample=k,
+                    branch_turn=at,
+                    score_turn=scored,
+                    rewards=rewards,
+                )
+            )
+            rollouts[-1].messages, rollouts[-1].turns = messages_of(texts[k]), None
+    run = store.begin("rank", "ranked", RepoConfig(), str(tmp_path / "ranked"), seed=7)
+    rows = pa.Table.from_pylist([rollout_row(one) for one in rollouts], schema=RANKED)
+    run.write({"train": rows}, counts={})
+    main(
+        Config(
+            input_repo=str(tmp_path / "ranked"),
+            output_repo=str(tmp_path / "pairs"),
+            tokenizer=str(tmp_path / "policy"),
+            compat="refuel",
+            ties="keep",
+            max_length=LIMIT_OF_PAGES,
+            test_size=3,
+            num_proc=num_proc,
+        )
+    )
+    repo = store.open_repo(str(tmp_path / "pairs"))
+    assert repo.num_rows("test") == 3
+    ours = {
+        row["prompt_id"]: [(row[f"{side}_token"], row[f"{side}_mask"]) for side in SIDES]
+        for split in ("train", "test")
+        for row in repo.table(split).to_pylist()
+    }
+    expected = seeds_pairs(rollouts, tokenizer)
+    assert ours == expected
+    assert repo.manifest is not None
+    told = repo.manifest["dropped"]
+    assert set(told) == {MISSING_SCORE, SAME_RESPONSE, TOO_LONG}
+    assert sum(told.values()) == 2 * (40 - len(expected))
+    ties = [row["chosen_reward"] == row["reject_reward"] for row in repo.table("train").to_pylist()]
+    assert any(ties)
+
+
+LIMIT_OF_PAGES = 124
+WORDS = ["yes", "no", "the answer", "it is", "forty-two", "lower"]
+SIDES = ("chosen", "reject")
+
+
+def test_flags_that_dont_go_with_it() -> None:
+    with pytest.raises(DataError, match="goes with --mask forked --ties keep"):
+        Config(input_repo="./a", output_repo="./b", compat="refuel", mask="all")
+    with pytest.raises(DataError, match="known are none, refuel"):
+        Config(input_repo="./a", output_repo="./b", compat="trl")
+
+
+def test_published_pairs_are_pairs_already(tmp_path: Path) -> None:
+    source = published_repo(tmp_path / "pub", [published_row([5, 6], [7, 8, 9])])
+    with pytest.raises(DataError, match="leave out --compat"):
+        main(
+            Config(
+                input_repo=source, output_repo=str(tmp_path / "out"), compat="refuel", ties="keep"
+            )
+        )
+
+
+def test_the_names_are_those_of_the_stage() -> None:
+    assert stages.tokenize_masks.COMPATS == COMPATS
