@@ -33,8 +33,6 @@ from _tokenize_ways import (
     run_tokenizer,
 )
 
-REPEATS = 3
-
 
 @dataclass(frozen=True)
 class Config:
@@ -49,8 +47,7 @@ class Config:
     vocabulary: int = 32_000
     """Of the tokenizer, which is trained here."""
     seed_pairs: int = 300
-    """Prompts that the seed's way is timed on, once half of them and once all; its time for every
-    prompt follows, which is right where it is linear."""
+    """Prompts that the seed's script is timed on: half of them, all, and half again."""
     memory_rollouts: int = 200_000
     """Rollouts of the run whose memory is measured; 0 leaves it out."""
     seed: int = 0
@@ -93,14 +90,8 @@ def measure(config: Config, work: Path) -> dict[str, float]:
     spoken = sum(len(message["content"] or "") for r in ids for message in r.messages)
     print(f"{told / len(ids):.0f} ids of {spoken / told:.1f} characters a dialogue", flush=True)
 
-    seed, seed_s = time_seed(config, text, work)
     pages = rendered(text, language.tokenizer)
-    ours = {
-        "ids": time_ours(config, work, "ids", ""),
-        "text": time_ours(config, work, "text", str(work / "tokenizer")),
-    }
-    alone = median(lambda _: run_tokenizer(pages, language.tokenizer))
-    times = Times(ours["ids"], ours["text"], alone, seed_s)
+    times, seed = take_turns(config, text, work, lambda: run_tokenizer(pages, language.tokenizer))
     print_times(config, times)
     agree(our_rows(work / "out-text"), seed.rows, "text")
     agree(our_rows(work / "out-ids"), seed.rows, "ids")
@@ -116,38 +107,41 @@ def measure(config: Config, work: Path) -> dict[str, float]:
     return result
 
 
-def time_seed(config: Config, text: list[Any], work: Path) -> tuple[SeedRun, float]:
-    """Time the seed's way on half of its prompts and on all; return its seconds for every one."""
-    seed = SeedTokenize(work / "tokenizer")
-    some = min(config.seed_pairs, config.pairs)
+def take_turns(
+    config: Config, text: list[Any], work: Path, tokenizer: Callable[[], float]
+) -> tuple[Times, SeedRun]:
+    """Time every way three times, by turns, after a run that doesn't count; return the medians.
+
+    The seed's script gets half of its rows, all of them, and half again: what it takes for every
+    row follows from the three, and is right where it is linear.
+    """
+    seed, some = SeedTokenize(work / "tokenizer"), min(config.seed_pairs, config.pairs)
     run_seed(seed, seed_rows(text[:16]), work / "seed-warm", 2, measured=False)
-    runs = [
-        run_seed(seed, seed_rows(text[: 2 * count]), work / f"seed-{count}", max(count // 10, 1))
-        for count in (some // 2, some)
-    ]
+    ours = {"ids": "", "text": str(work / "tokenizer")}
+    for name, folder in ours.items():
+        time_ours(config, work, name, folder)
+    tokenizer()
+    seconds: dict[str, list[float]] = {name: [] for name in (*ours, "tokenizer")}
+    runs = []
+    for i, count in enumerate((some // 2, some, some // 2)):
+        rows, out = seed_rows(text[: 2 * count]), work / f"seed-{i}"
+        runs.append(run_seed(seed, rows, out, max(count // 10, 1), measured=count == some))
+        for name, folder in ours.items():
+            seconds[name].append(time_ours(config, work, name, folder))
+        seconds["tokenizer"].append(tokenizer())
     rates = [run.rows_in / run.seconds for run in runs]
-    told = " and ".join(
+    told = ", ".join(
         f"{run.rows_in} rows: {rate:.1f} rows/s" for run, rate in zip(runs, rates, strict=True)
     )
-    print(f"the seed's way, {told}; linear within {abs(rates[0] / rates[1] - 1):.0%}", flush=True)
-    return runs[1], config.pairs / rates[1]
+    print(f"the seed's way, {told}", flush=True)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return Times(**medians, seed=config.pairs / statistics.median(rates)), runs[1]
 
 
 def time_ours(config: Config, work: Path, name: str, tokenizer: str) -> float:
-    """Return the median seconds of our stage, from repo to repo."""
-    test_size = max(config.pairs // 10, 1)
-
-    def once(_: int) -> float:
-        shutil.rmtree(work / f"out-{name}", ignore_errors=True)
-        return run_ours(work / name, work / f"out-{name}", test_size, tokenizer)
-
-    once(0)  # imports, and what the first run of anything costs
-    return median(once)
-
-
-def median(once: Callable[[int], float]) -> float:
-    """Return the median of several runs."""
-    return statistics.median(once(i) for i in range(REPEATS))
+    """Return the seconds of our stage, from repo to repo."""
+    shutil.rmtree(work / f"out-{name}", ignore_errors=True)
+    return run_ours(work / name, work / f"out-{name}", max(config.pairs // 10, 1), tokenizer)
 
 
 def print_times(config: Config, times: Times) -> None:
@@ -201,8 +195,8 @@ def size_ratios(work: Path, seed: SeedRun) -> dict[str, float]:
     text = bytes_of(work / "out-text") / rows
     print(
         f"bytes a row: ours {ours:.0f} with the log-probs of sampling, {text:.0f} from text; the "
-        f"seed's {seed.arrow_bytes / kept:.0f} as Arrow, {seed.parquet_bytes / kept:.0f} as "
-        f"parquet, {seed.dataset_bytes / kept:.0f} in memory",
+        f"seed's {seed.arrow_bytes / kept:.0f} as Arrow, which its trainer loads, "
+        f"{seed.parquet_bytes / kept:.0f} as parquet",
         flush=True,
     )
     return {
