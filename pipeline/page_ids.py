@@ -16,6 +16,7 @@ from tokenizers import Encoding, Tokenizer, models, pre_tokenizers
 
 from pipeline.errors import RowError
 from pipeline.pages import SPAN_UNPROVEN, Page
+from pipeline.shared_starts import SharedStarts
 from pipeline.shield import Cover, Shield
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
@@ -36,13 +37,8 @@ class PageIds:
         settings = attrgetter("truncation", "padding", "encode_special_tokens")(self._backend)
         if self._widths is None or any(settings):
             return self._by_offsets(pages)
-        encodings = self._backend.encode_batch_fast(
-            [page.text for page in pages], add_special_tokens=False
-        )
-        return [
-            self._by_bytes(page, encoding.ids)
-            for page, encoding in zip(pages, encodings, strict=True)
-        ]
+        found = self._starts.encode([page.text for page in pages])
+        return [self._by_bytes(page, ids) for page, ids in zip(pages, found, strict=True)]
 
     def encode_covered(self, page: Page, cover: Cover) -> Encoded | RowError:
         """Encode a page on which look-alikes of special tokens are hidden."""
@@ -81,6 +77,11 @@ class PageIds:
         """Test that the tokenizer's normalizer leaves a text as it is."""
         normalizer = self._backend.normalizer
         return normalizer is None or text.isascii() or normalizer.normalize_str(text) == text
+
+    @cached_property
+    def _starts(self) -> SharedStarts:
+        assert self._widths is not None
+        return SharedStarts(self._backend, self._widths, self._keeps)
 
     @cached_property
     def _widths(self) -> list[int] | None:
