@@ -241,9 +241,8 @@ def _pair_marks(chosen: _Side, reject: _Side, prefix: Ints, rules: Rules) -> lis
 
 
 def _differ(chosen: _Side, reject: _Side, prefix: Ints) -> Bools:
-    bounds = (chosen.bounds, reject.bounds)
-    ids = rules_of.unlike(chosen.ids, bounds[0], reject.ids, bounds[1], prefix)
-    return ids | rules_of.unlike(chosen.mask, bounds[0], reject.mask, bounds[1], prefix)
+    ours, theirs = ((side.ids, side.mask) for side in (chosen, reject))
+    return rules_of.unlike(ours, chosen.bounds, theirs, reject.bounds, prefix)
 
 
 def _pair_rows(chosen: _Side, reject: _Side, prefix: Ints) -> pa.RecordBatch:

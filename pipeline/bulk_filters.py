@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.bulk_sequences import Sequences, trained_ids
-from pipeline.ragged import Bools, Ints, bounds_of, owners, ranges, sums
+from pipeline.ragged import Bools, Ints, anywhere, bounds_of, ranges
 from pipeline.rollout_arrays import Rollouts
 
 Marked: TypeAlias = tuple[str, Bools]
+Values: TypeAlias = npt.NDArray[Any]
 Names: TypeAlias = npt.NDArray[np.object_]
 
 
@@ -31,13 +32,13 @@ def not_a_dialogue(rollouts: Rollouts) -> Bools:
     adds_up_T &= ~turns.has_logprobs_T | (np.diff(turns.logprobs) == np.diff(turns.responses))
     return (
         (rollouts.num_spoken == 0)
-        | (sums(said.role_M < 0, said.bounds) > 0)
-        | (sums(badly_placed, said.policy_bounds) > 0)
+        | anywhere(said.role_M < 0, said.bounds)
+        | anywhere(badly_placed, said.policy_bounds)
         | (~rollouts.text & (rollouts.num_spoken != rollouts.num_turns))
         | (rollouts.score_turn < 0)
         | (rollouts.score_turn >= rollouts.num_spoken)
         | (rollouts.branch_turn < 0)
-        | (sums(~adds_up_T, turns.bounds) > 0)
+        | anywhere(~adds_up_T, turns.bounds)
     )
 
 
@@ -72,7 +73,7 @@ def first_reasons(marked: Sequence[Marked]) -> Names:
 def truncated(sequences: Sequences) -> Bools:
     """Mark sequences of which a trained turn was cut by the length limit."""
     cut = sequences.trained_P & sequences.rollouts.turns.cut_T[sequences.turn_P]
-    return sums(cut, sequences.bounds) > 0
+    return anywhere(cut, sequences.bounds)
 
 
 def empty_response(sequences: Sequences) -> Bools:
@@ -91,18 +92,22 @@ def tie(left: Sequences, right: Sequences) -> Bools:
 
 
 def unlike(
-    left: npt.NDArray[Any],
+    left: Sequence[Values],
     left_bounds: Ints,
-    right: npt.NDArray[Any],
+    right: Sequence[Values],
     right_bounds: Ints,
     lengths: Ints,
 ) -> Bools:
-    """Mark pairs of lists whose first `lengths` values aren't there, or not the same."""
+    """Mark pairs of lists whose first `lengths` values aren't there, or not the same.
+
+    Several arrays of the same bounds (ids and masks) are compared at once.
+    """
     short = np.minimum(np.diff(left_bounds), np.diff(right_bounds)) < lengths
     lengths = np.where(short, 0, lengths)
-    differs = left[ranges(left_bounds[:-1], lengths)] != right[ranges(right_bounds[:-1], lengths)]
-    wrong = short.copy()
-    wrong[owners(bounds_of(lengths))[differs]] = True
+    of_left, of_right = (ranges(b[:-1], lengths) for b in (left_bounds, right_bounds))
+    wrong = short
+    for a, b in zip(left, right, strict=True):
+        wrong = wrong | anywhere(a[of_left] != b[of_right], bounds_of(lengths))
     return wrong
 
 
@@ -112,4 +117,4 @@ def same_response(left: Sequences, right: Sequences) -> Bools:
     alike = counts == right.trained
     ids, bounds = zip(*((trained_ids(s), bounds_of(s.trained)) for s in (left, right)), strict=True)
     lengths = np.where(alike, counts, 0)
-    return alike & ~unlike(ids[0], bounds[0], ids[1], bounds[1], lengths)
+    return alike & ~unlike(ids[:1], bounds[0], ids[1:], bounds[1], lengths)

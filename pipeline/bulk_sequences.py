@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.ragged import Bools, Ints, bounds_of, lists, owners, ranges, sums
+from pipeline.ragged import Bools, Ints, anywhere, bounds_of, lists, owners, ranges, sums
 from pipeline.records import IntArray
 from pipeline.rollout_arrays import Rollouts
 
@@ -96,7 +96,7 @@ def _surviving(rollouts: Rollouts, turn_P: Ints, bounds: Ints) -> Ints:
     turns = rollouts.turns
     keep_P, size_P = turns.keep_T[turn_P], turns.size_T[turn_P]
     left = size_P - keep_P
-    broken = np.flatnonzero(sums(keep_P != turns.seen_T[turn_P], bounds))
+    broken = np.flatnonzero(anywhere(keep_P != turns.seen_T[turn_P], bounds))
     for row in broken.tolist():
         start, end = bounds[row], bounds[row + 1]
         later = np.append(keep_P[start + 1 : end], _ENDLESS)
@@ -172,7 +172,7 @@ def segments_of(sequences: Sequences) -> pa.Array:
 def logprobs_of(sequences: Sequences) -> pa.Array:
     """Return the engine's log-prob of each trained id; null where a trained turn has none."""
     turns, trains = sequences.rollouts.turns, sequences.trained_P
-    lacks = sums(trains & ~turns.has_logprobs_T[sequences.turn_P], sequences.bounds) > 0
+    lacks = anywhere(trains & ~turns.has_logprobs_T[sequences.turn_P], sequences.bounds)
     wanted = trains & ~np.repeat(lacks, np.diff(sequences.bounds))
     counts = np.where(wanted, sequences.response_P, 0)
     starts = turns.logprobs[:-1][sequences.turn_P[wanted]]

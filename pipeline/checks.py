@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.bulk_filters import unlike
 from pipeline.columns import NO_ONE, PAIR_SIDES, of_side
 from pipeline.errors import DataError
-from pipeline.ragged import Bools, Ints, bounds_of, list_lengths, numbers, owners, sums
+from pipeline.ragged import Bools, Ints, anywhere, bounds_of, list_lengths, numbers, owners, sums
 from pipeline.records import GROUPS, PAIRS
 from pipeline.shards import read_batches, read_schema
 
@@ -98,7 +98,7 @@ def _problems(batch: pa.RecordBatch, sides: Sequence[str], vocabulary: int) -> I
 
 
 def _mask_problems(mask: npt.NDArray[np.uint8], bounds: Ints) -> Iterator[Problem]:
-    yield "a mask is neither 0 nor 1", sums(mask > 1, bounds) > 0
+    yield "a mask is neither 0 nor 1", anywhere(mask > 1, bounds)
     yield "no id trains", sums(mask, bounds) == 0
     held = np.diff(bounds) > 0
     first = np.zeros(len(held), dtype=bool)
@@ -115,13 +115,13 @@ def _span_problems(
     size = np.diff(bounds)[of]
     wrong = (start < _previous(end, spans, 0)) | (end < start) | (end > size)
     wrong |= turn <= _previous(turn, spans, -1)
-    yield "spans overlap, or aren't within the ids", sums(wrong, spans) > 0
-    # +1 where a span begins and -1 behind it: above 0 between them.
-    edges = np.zeros(int(bounds[-1]) + 1, dtype=np.int64)
-    np.add.at(edges, bounds[:-1][of] + np.clip(start, 0, size), 1)
-    np.add.at(edges, bounds[:-1][of] + np.clip(end, 0, size), -1)
-    sampled = np.cumsum(edges[:-1]) > 0
-    yield "an id trains that was not sampled", sums((mask != 0) & ~sampled, bounds) > 0
+    yield "spans overlap, or aren't within the ids", anywhere(wrong, spans)
+    # Where spans don't overlap, they hold every trained id if they hold as many as there are.
+    before = np.zeros(len(mask) + 1, dtype=np.int64)
+    np.cumsum(mask != 0, out=before[1:])
+    edges = [before[bounds[:-1][of] + np.clip(edge, 0, size)] for edge in (start, end)]
+    held = sums(edges[1] - edges[0], spans)
+    yield "an id trains that was not sampled", held < np.diff(before[bounds])
 
 
 def _segment_problems(column: pa.Array, bounds: Ints) -> Iterator[Problem]:
@@ -129,18 +129,16 @@ def _segment_problems(column: pa.Array, bounds: Ints) -> Iterator[Problem]:
     start, length, keep = _fields(column, ("start", "length", "keep"))
     wrong = (start != _previous(start + length, segments, 0)) | (length < 1)
     covered = sums(length, segments) == np.diff(bounds)
-    yield "the segments don't tile the ids", (sums(wrong, segments) > 0) | ~covered
+    yield "the segments don't tile the ids", anywhere(wrong, segments) | ~covered
     unseen = (keep < 0) | (keep > _previous(keep + length, segments, 0))
-    yield "a segment keeps more ids than came before it", sums(unseen, segments) > 0
+    yield "a segment keeps more ids than came before it", anywhere(unseen, segments)
 
 
 def _id_problems(column: pa.Array, bounds: Ints, vocabulary: int) -> Iterator[Problem]:
     ids = numbers(column.flatten(), -1)
-    outside = ids < 0
-    if vocabulary:
-        outside |= ids >= vocabulary
+    outside = (ids < 0) | (ids >= vocabulary) if vocabulary else ids < 0
     size = f"a vocabulary of {vocabulary}" if vocabulary else "any vocabulary"
-    yield f"an id is outside of {size}", sums(outside, bounds) > 0
+    yield f"an id is outside of {size}", anywhere(outside, bounds)
 
 
 def _number_problems(batch: pa.RecordBatch, side: str, trained: Ints) -> Iterator[Problem]:
@@ -150,19 +148,20 @@ def _number_problems(batch: pa.RecordBatch, side: str, trained: Ints) -> Iterato
             bounds = bounds_of(list_lengths(column))
             finite = np.isfinite(numbers(column.flatten(), np.nan))
             given = pc.is_valid(column).to_numpy(zero_copy_only=False)
-            wrong = given & (np.diff(bounds) != trained) | (sums(~finite, bounds) > 0)
+            wrong = given & (np.diff(bounds) != trained) | anywhere(~finite, bounds)
             yield f"{told} hasn't a finite number for each trained id", wrong
 
 
 def _prefix_problems(batch: pa.RecordBatch, bounds: Sequence[Ints]) -> Iterator[Problem]:
     shared = numbers(batch.column("prefix_length"), -1).astype(np.int64)
-    wrong = shared < 0
-    for name in ("token", "mask"):
-        left, right = (
+    ours, theirs = (
+        [
             batch.column(of_side(side, name)).flatten().to_numpy(zero_copy_only=False)
-            for side in PAIR_SIDES
-        )
-        wrong = wrong | unlike(left, bounds[0], right, bounds[1], np.maximum(shared, 0))
+            for name in ("token", "mask")
+        ]
+        for side in PAIR_SIDES
+    )
+    wrong = unlike(ours, bounds[0], theirs, bounds[1], np.maximum(shared, 0)) | (shared < 0)
     yield ": the two don't begin with the same ids and masks, prefix_length of them", wrong
 
 

@@ -41,10 +41,22 @@ def ranges(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Ints:
 
 
 def sums(values: npt.NDArray[Any], bounds: Ints) -> Ints:
-    """Return the sum of each list's values; of none it is 0."""
-    before = np.zeros(len(values) + 1, dtype=np.int64)
-    np.cumsum(values, out=before[1:])
-    return before[bounds[1:]] - before[bounds[:-1]]
+    """Return the sum of each list's values; of none it is 0. The lists are all there is."""
+    found = np.zeros(len(bounds) - 1, dtype=np.int64)
+    held = np.diff(bounds) > 0
+    if held.any():
+        # Empty lists take no room, so that a list ends where the next one that isn't empty begins.
+        found[held] = np.add.reduceat(values, bounds[:-1][held], dtype=np.int64)
+    return found
+
+
+def anywhere(marks: Bools, bounds: Ints) -> Bools:
+    """Mark the lists of which a value is marked."""
+    found = np.zeros(len(bounds) - 1, dtype=bool)
+    held = np.diff(bounds) > 0
+    if held.any():
+        found[held] = np.logical_or.reduceat(marks, bounds[:-1][held])
+    return found
 
 
 def owners(bounds: Ints) -> Ints:
