@@ -64,7 +64,7 @@ class Config:
     tolerance: float = 0.0
     """How far scores may be apart, relative to the score and at least to 1; 0 is 1e-4 in float32
     and 2e-2 in bfloat16."""
-    max_tokens_per_batch: int = 16384
+    max_tokens_per_batch: int = 0
     """As of stages/rank.py."""
     seed: int = 0
     """Of the dialogues."""

@@ -59,8 +59,9 @@ class Config:
     packing: Literal["auto", "none"] = execution("auto")
     """auto: rollouts of a prompt share what they begin with, in rows without padding, where a probe
     on this model shows the same scores; none: a padded row for each rollout."""
-    max_tokens_per_batch: int = execution(16384)
-    """Most ids of one forward pass, padding included; when memory runs out it is halved."""
+    max_tokens_per_batch: int = execution(0)
+    """Most ids of one forward pass, padding included: 0 is 16384 on a GPU and 2048 on a CPU. When
+    memory runs out it is halved."""
     engine: Literal["hf", "vllm"] = "hf"
     """What runs the model: hf (in this process) or vllm (pooling servers, for classifiers)."""
     reward_url: tuple[str, ...] = execution(())
@@ -89,7 +90,7 @@ class Config:
             problems.append("--output_repo is missing: ./folder, or org/name on the Hub")
         for name, least in [
             ("max_length", 1),
-            ("max_tokens_per_batch", 1),
+            ("max_tokens_per_batch", 0),
             ("num_turns", 0),
             ("retries", 0),
         ]:

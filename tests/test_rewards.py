@@ -156,7 +156,7 @@ class Fake:
             Encoder(Chat(tokenizer, "2024-07-26"), tokenizer.bos_token_id, "template"),
             self,
             LinearHead(layer),
-            Settings(packing="none"),
+            Settings(packing="none", max_tokens_per_batch=16384),
         )
 
     def refuses(self, layout: Layout) -> str | None:

@@ -7,7 +7,6 @@ the last end-of-turn + assistant header in the prefix, so that the gate has read
 Axes: P scored prefixes, R = 2 positions (prompt, last), D hidden size, K objectives.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -136,14 +135,13 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
     model = _Backbone.from_pretrained(
         folder, config=config, dtype=dtype, device_map=device, use_safetensors=True
     ).eval()
-    limit = checkpoints.context_limit(config, settings)
     scorer = OnePass(
         name,
         fingerprint,
         checkpoints.make_encoder(tokenizer, settings),
         Backbone(model, device),
         head.to(device),
-        dataclasses.replace(settings, max_length=limit),
+        checkpoints.resolved(config, settings, device),
     )
     scorer.probe(checkpoints.TOLERANCE[dtype])
     return scorer

@@ -59,15 +59,15 @@ class Settings:
     """How a reward model runs; rules and functions need none of it.
 
     `max_length`: ids of the longest prefix that is scored. `max_tokens_per_batch`: ids of a forward
-    pass, padding included. `packing`: auto or none. `bos`: "template" scores what the
-    chat template renders, "none" drops its BOS.
+    pass, padding included; 0 goes by the device. `packing`: auto or none. `bos`: "template" scores
+    what the chat template renders, "none" drops its BOS.
     `date`: what templates see as today (YYYY-MM-DD).
     """
 
     max_length: int = 4096
     dtype: str = "auto"
     device: str = "auto"
-    max_tokens_per_batch: int = 16384
+    max_tokens_per_batch: int = 0
     packing: str = "auto"
     keep_objectives: bool = False
     bos: str = "template"

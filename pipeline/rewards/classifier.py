@@ -10,7 +10,6 @@ template renders, one BOS, as the card does; `--bos none` scores what it was tra
 Axes: P scored prefixes, R = 1 position, D hidden size.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,16 +51,16 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
     device, dtype = checkpoints.placement(config, settings)
     model = _model(folder, config, dtype, device)
     encoder = checkpoints.make_encoder(tokenizer, settings)
-    limit = checkpoints.context_limit(config, settings)
+    settings = checkpoints.resolved(config, settings, device)
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        return WholeModel(name, fingerprint, encoder, model, limit)
+        return WholeModel(name, fingerprint, encoder, model, settings.max_length)
     scorer = OnePass(
         name,
         fingerprint,
         encoder,
         Backbone(model.base_model, device),
         LinearHead(model.score),
-        dataclasses.replace(settings, max_length=limit),
+        settings,
     )
     scorer.probe(checkpoints.TOLERANCE[dtype])
     return scorer
