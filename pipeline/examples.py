@@ -214,14 +214,6 @@ def check_pair(pair: PairExample, vocabulary: int = 0) -> None:
         raise DataError(f"{name}: their first {shared} ids are not the same")
 
 
-def check_group(example: GroupExample, vocabulary: int = 0) -> None:
-    """Raise DataError, naming the row, unless a rollout of a group is sound."""
-    name = f"prompt {example.prompt_id}, sample {example.sample}"
-    check_sequence(example.sequence, name, vocabulary)
-    _check_numbers(example.sequence, example.sample_logprob, f"{name} (sample_logprob)")
-    _check_numbers(example.sequence, example.advantage, f"{name} (advantage)")
-
-
 def check_sequence(sequence: TrainingSequence, name: str, vocabulary: int = 0) -> None:
     """Raise DataError with the first promise that a sequence breaks. `vocabulary` 0: unknown."""
     if problem := next(_problems(sequence, vocabulary), None):

@@ -7,7 +7,6 @@ from pipeline.chat import Chat
 from pipeline.errors import DataError
 from pipeline.examples import (
     best_and_worst,
-    check_group,
     check_pair,
     check_sequence,
     group_of,
@@ -155,7 +154,6 @@ def test_an_advantage_is_repeated_for_each_trained_id() -> None:
     np.testing.assert_array_equal(example.advantage, np.full(5, -0.5, np.float32))
     assert example.reward == 2.0
     assert group_of(THREE, [0], tokenized(THREE, "all"), None).advantage is None
-    check_group(example)
 
 
 def test_text_is_encoded_with_spans_and_one_bos() -> None:
