@@ -107,11 +107,14 @@ def _named(manifest: Mapping[str, Any] | None, folder: Path, depth: int) -> Iter
     config = manifest.get("config", {})
     for field in ("tokenizer", "base_model", "model"):
         if isinstance(config.get(field), str) and config[field]:
-            yield config[field]
+            found = next(_places(config[field], folder, "tokenizer.json"), None)
+            yield config[field] if found is None else str(found)
     for parent in manifest.get("inputs", []):
-        # As typed, seen from where the stage ran; or beside this repo, where all were moved.
-        typed = Path(parent["name"]).expanduser()
-        for place in (typed, folder.parent / typed.name):
-            if (place / MANIFEST).is_file():
-                yield from _named(read_json(place / MANIFEST), place, depth - 1)
-                break
+        if place := next(_places(parent["name"], folder, MANIFEST), None):
+            yield from _named(read_json(place / MANIFEST), place, depth - 1)
+
+
+def _places(name: str, folder: Path, file: str) -> Iterator[Path]:
+    """Find a folder that a manifest names: as typed, seen from here, or beside the repo."""
+    typed = Path(name).expanduser()
+    yield from (place for place in (typed, folder.parent / typed.name) if (place / file).is_file())

@@ -26,6 +26,7 @@ from pipeline.paint import Look, painted
 from pipeline.pieces import Ids, Numbers, Words, load_words, pieces_of
 from pipeline.records import NO_SCORE, PAIRS, RANKED, ROLLOUTS, Rollout
 from pipeline.rows import pair_row, rollout_row
+from pipeline.selection import Rules, select_pairs
 from pipeline.visible import in_line, visible
 from play import messages_of, played
 from templates import make_tokenizer
@@ -335,12 +336,10 @@ def test_rewritten_contexts_are_shown_as_each_segment_saw_them(tmp_path: Path, s
         for k in range(2)
     ]
     write(tmp_path / "ranked", sides)
-    from pipeline.selection import Rules, select_pairs
-
-    pairs, _ = select_pairs(sides, Rules("all", 99, lambda: pytest.fail("ids need no template")))
+    pairs, _ = select_pairs(sides, Rules("all", 99, no_encoder))
     assert pairs == [], "equal rewards are a tie"
     sides[1].rewards = [0.0, 0.0, 5.0]
-    pairs, _ = select_pairs(sides, Rules("all", 99, lambda: pytest.fail("as above")))
+    pairs, _ = select_pairs(sides, Rules("all", 99, no_encoder))
     folder = tmp_path / "pairs"
     run = store.begin("tokenize_masks", "pairs", Played(""), str(folder), seed=0)
     table = pa.Table.from_pylist([pair_row(pairs[0])], schema=PAIRS)
@@ -493,11 +492,27 @@ def test_missing_repos_splits_and_tokenizers(tmp_path: Path, repos: Path, show: 
 
 
 def test_a_tokenizer_is_found_where_repos_were_moved(
-    repos: Path, tmp_path: Path, show: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Any, show: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pairs name ./ranked as their parent, which names the policy."""
+    """Pairs name ./ranked as their parent, and that names ./policy; both lie beside the pairs."""
+    home = tmp_path / "home"
+    tokenizer.save_pretrained(home / "policy")
+    monkeypatch.chdir(home)
+    sides = [played([[65], [66 + k]], sample=k, branch_turn=1, rewards=[0, k]) for k in range(2)]
+    write(home / "ranked", sides, "./policy")
+    run = store.begin(
+        "tokenize_masks", "pairs", Played(""), "./pairs", inputs=[store.open_repo("./ranked")]
+    )
+    pair = select_pairs(sides, Rules("forked", 99, no_encoder))[0][0]
+    run.write({"train": pa.Table.from_pylist([pair_row(pair)], schema=PAIRS)}, counts={})
+    assert "Decoded by policy." in show("./pairs")
+    home.rename(tmp_path / "away")
     monkeypatch.chdir(tmp_path)
-    assert "Decoded by" in show(repos / "forked")
+    assert "Decoded by away/policy." in show("./away/pairs")
+
+
+def no_encoder() -> Any:
+    raise AssertionError("ids need no chat template")
 
 
 def test_a_tokenizer_that_is_gone_leaves_numbers(tmp_path: Path, show: Any) -> None:
