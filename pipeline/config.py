@@ -1,6 +1,7 @@
 """Configs of stages: one frozen dataclass each, read by tyro; what of it enters the config hash."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import sys
@@ -15,6 +16,7 @@ ConfigT = TypeVar("ConfigT")
 
 _EXECUTION = "execution"
 _DECIDING = "DECIDING"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def execution(
@@ -87,6 +89,15 @@ def run(
         main(parse(config_type, aliases=aliases))
     except (DataError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"error: no room is left to write ({error}); make some, then run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(

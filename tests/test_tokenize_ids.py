@@ -256,13 +256,18 @@ def test_a_full_disk_is_told_and_leaves_no_repo(tmp_path: Path) -> None:
     # A limit on the size of a file: writing beyond it fails as a full disk does.
     limit = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "import sys\n"
+        f"sys.argv[1:] = ['--input_repo', {source!r}, '--output_repo', {str(target)!r}]\n"
+        "from pipeline.config import run; from stages.tokenize_masks import Config, main\n"
+        "run(main, Config)"
     )
-    done = subprocess.run(
-        stage(source, target, limit), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    assert "File too large" in done.stderr
+    command = [sys.executable, "-c", limit]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    told = done.stderr.strip().splitlines()[-1]
+    assert told.startswith("error: no room is left to write ([Errno 27]")
+    assert told.endswith("make some, then run the same command again")
     assert not (target / "turnwise.json").exists()
     assert tokenize(source, target).num_rows() > 20
 
