@@ -94,7 +94,7 @@ def run(
         if error.errno not in _NO_ROOM:
             raise
         print(
-            f"error: no room is left to write ({error}); make some, then run the same command again",
+            f"error: no room is left to write ({error}); make some, then run the command again",
             file=sys.stderr,
             flush=True,
         )

@@ -267,7 +267,7 @@ def test_a_full_disk_is_told_and_leaves_no_repo(tmp_path: Path) -> None:
     assert done.returncode == 2
     told = done.stderr.strip().splitlines()[-1]
     assert told.startswith("error: no room is left to write ([Errno 27]")
-    assert told.endswith("make some, then run the same command again")
+    assert told.endswith("make some, then run the command again")
     assert not (target / "turnwise.json").exists()
     assert tokenize(source, target).num_rows() > 20
 
