@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.manifest import redact_text, write_atomically
+from pipeline.ragged import bounds_of, list_lengths, sums
 from pipeline.records import NO_SCORE
 from pipeline.shards import read_batches, read_schema
 from pipeline.thoughts import spoken
@@ -208,7 +209,9 @@ def _lengths(batch: pa.RecordBatch) -> list[int]:
     names = batch.schema.names
     for name in ("chosen_segments", "segments"):
         if name in names:
-            return [sum(part["length"] for part in row) for row in batch.column(name).to_pylist()]
+            column = batch.column(name)
+            held = pc.struct_field(column.flatten(), "length").to_numpy(zero_copy_only=False)
+            return sums(held, bounds_of(list_lengths(column))).tolist()
     for name in ("chosen_token", "token"):
         if name in names:
             return [n or 0 for n in pc.list_value_length(batch.column(name)).to_pylist()]
