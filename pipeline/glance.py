@@ -39,13 +39,18 @@ class Glance:
         return row % self.num_rows
 
     def row(self, place: int) -> dict[str, Any]:
-        """Read one row."""
+        """Read one row. DataError where its file is damaged, or its text is none."""
         import pyarrow.parquet as pq
 
         for path, count in zip(self.repo.files[self.split], self.counts, strict=True):
             if place < count:
-                with pq.ParquetFile(path) as file:
-                    return _row_of(file, place)
+                try:
+                    with pq.ParquetFile(path) as file:
+                        return _row_of(file, place)
+                except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
+                    raise DataError(
+                        f"row {place} of {path} can't be read ({error}); download or make it again"
+                    ) from error
             place -= count
         raise AssertionError("a place is within the split")
 

@@ -81,19 +81,20 @@ def _score(value: object) -> str:
 
 def _by_ids(rollout: Rollout, turns: Sequence[Turn], look: Look) -> Iterator[RenderableType]:
     """Show for each turn the ids that were new in its context, and those that were sampled."""
-    seen = 0
+    context: list[int] = []
     for t, turn in enumerate(turns):
-        # The id before is for the decoder: what comes first in a text may lose its blank.
-        ids = [*turn.prompt_ids, *turn.response_ids]
-        mask = np.repeat([0, 1], [len(turn.prompt_ids), len(turn.response_ids)]).astype(np.uint8)
-        row = Ids(ids, mask)
-        pieces = pieces_of(row, (0, len(ids)), look.decoder, look.limit)
-        text = numbered(pieces, look, "said", ids) if look.ids else painted(pieces, look, "said")
         title = f"turn {t} · {in_line(turn.finish_reason)}"
-        if turn.keep < seen:
-            title += f" · saw the first {turn.keep} of the {seen} ids before, then these"
+        if turn.keep < len(context):
+            title += f" · saw the first {turn.keep} of the {len(context)} ids before, then these"
+        context = [*context[: turn.keep], *turn.prompt_ids, *turn.response_ids]
+        mask = np.zeros(len(context), np.uint8)
+        mask[turn.keep + len(turn.prompt_ids) :] = 1
+        row = Ids(context, mask)
+        pieces = pieces_of(row, (turn.keep, len(context)), look.decoder, look.limit)
+        text = (
+            numbered(pieces, look, "said", context) if look.ids else painted(pieces, look, "said")
+        )
         yield Panel(text, title=title, title_align="left")
-        seen = turn.keep + len(ids)
     last = policy_messages(rollout)[-1] if policy_messages(rollout) else -1
     for message in rollout.messages[last + 1 :]:
         yield Panel(spoken(message, False, look, look.limit * CHARACTERS_AN_ID))

@@ -403,6 +403,9 @@ def test_a_context_that_was_rewritten_says_what_was_kept(tmp_path: Path, show: A
     make_tokenizer("llama3").save_pretrained(tmp_path / "t")
     shown = show(tmp_path / "r", tokenizer=str(tmp_path / "t"))
     assert "turn 1 · stop · saw the first 1 of the 4 ids before, then these" in shown
+    beside = show(tmp_path / "r", tokenizer=str(tmp_path / "t"), ids=True)
+    rows = re.findall(r"(\d+) +(?:⟦.*⟧|\S+) +([\d ]+?) +│", beside)
+    assert rows == [("0", "10 20"), ("2", "65 66"), ("1", "11 21"), ("3", "67")]
 
 
 # Which row
@@ -451,7 +454,7 @@ def test_only_the_rows_own_group_is_read(tmp_path: Path, show: Any) -> None:
                 file.seek(start)
                 file.write(b"\xff" * chunk.total_compressed_size)
     assert "prompt p00700 " in show(tmp_path / "r", row=700)
-    with pytest.raises((OSError, pa.ArrowInvalid)):
+    with pytest.raises(DataError, match=r"row 3 of .*parquet can't be read"):
         show(tmp_path / "r", row=3)
 
 
@@ -480,6 +483,20 @@ def test_a_dataset_of_something_else_names_its_columns(tmp_path: Path, show: Any
         show(tmp_path / "d")
     with pytest.raises(DataError, match="has no column 'prompt_id'"):
         show(tmp_path / "d", prompt_id="p")
+
+
+def test_bytes_that_are_no_text(tmp_path: Path, show: Any) -> None:
+    """Arrow takes any bytes for text."""
+    (tmp_path / "d").mkdir()
+    bytes_ = pa.array([b"sound", b"\xff\xfe"])
+    text = pa.StringArray.from_buffers(2, bytes_.buffers()[1], bytes_.buffers()[2])
+    roles = pa.array(["assistant"] * 2)
+    said = pa.StructArray.from_arrays([roles, text], ["role", "content"])
+    messages = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), said)
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "d" / "train.parquet")
+    assert "⟦sound⟧" in show(tmp_path / "d")
+    with pytest.raises(DataError, match=r"row 1 of .* can't be read"):
+        show(tmp_path / "d", row=1)
 
 
 def test_missing_repos_splits_and_tokenizers(tmp_path: Path, repos: Path, show: Any) -> None:
