@@ -69,13 +69,13 @@ class EncodingPool:
         cuts = _cuts(dialogues, len(self._workers))
         for (_, pipe), (start, end) in zip(self._workers, cuts, strict=False):
             with suppress(BrokenPipeError, ConnectionResetError):  # told where the answer lacks
-                pipe.send_bytes(json.dumps(dialogues[start:end]).encode())
+                _send(pipe, dialogues[start:end])
         answers = chain.from_iterable(self._answer(number) for number in range(len(cuts)))
         return [_outcome(answer) for answer in answers]
 
     def _answer(self, number: int) -> list[Any]:
         try:
-            answer = json.loads(self._workers[number][1].recv_bytes())
+            answer = _receive(self._workers[number][1])
         except (EOFError, ConnectionResetError):
             raise self._died(number) from None
         if isinstance(answer, str):
@@ -134,14 +134,19 @@ def _work(pipe: Connection, template: Template) -> None:
             return
         _send(pipe, [])
         while True:
-            found = chat.encode_dialogues(json.loads(pipe.recv_bytes()))
+            found = chat.encode_dialogues(_receive(pipe))
             _send(pipe, [_plain(outcome) for outcome in found])
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the stage is gone
 
 
 def _send(pipe: Connection, value: Any) -> None:
-    pipe.send_bytes(json.dumps(value).encode())
+    # As it is: escaped, two halves of a character that somebody wrote apart would become one.
+    pipe.send_bytes(json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass"))
+
+
+def _receive(pipe: Connection) -> Any:
+    return json.loads(pipe.recv_bytes().decode(errors="surrogatepass"))
 
 
 def _plain(outcome: Outcome) -> Any:

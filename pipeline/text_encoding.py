@@ -87,4 +87,4 @@ def _probe(encoders: Encoders, system_prompt: str) -> None:
 
 
 def _key(dialogue: Dialogue) -> str:
-    return json.dumps(dialogue)
+    return json.dumps(dialogue, ensure_ascii=False)
