@@ -117,8 +117,8 @@ def _span_problems(
     wrong |= turn <= _previous(turn, spans, -1)
     yield "spans overlap, or aren't within the ids", anywhere(wrong, spans)
     # Where spans don't overlap, they hold every trained id if they hold as many as there are.
-    before = np.zeros(len(mask) + 1, dtype=np.int64)
-    np.cumsum(mask != 0, out=before[1:])
+    before = np.zeros(len(mask) + 1, dtype=np.int32)
+    np.cumsum(mask, dtype=np.int32, out=before[1:])
     edges = [before[bounds[:-1][of] + np.clip(edge, 0, size)] for edge in (start, end)]
     held = sums(edges[1] - edges[0], spans)
     yield "an id trains that was not sampled", held < np.diff(before[bounds])
