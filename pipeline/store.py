@@ -120,18 +120,7 @@ class Run:
             check(_paths(self.path, entries))
         if reasons:
             os.replace(self.work / _DROPPED, self.path / _DROPPED)
-        rows = {split: 0 for split in splits if any(e["split"] == split for e in entries)}
-        for entry in entries:
-            rows[entry["split"]] += entry["rows"]
-        values = self.claim.manifest(
-            seed=self.claim.job.identity["seed"],
-            counts=manifests.as_json({**counts, "rows_out": sum(rows.values())}),
-            splits=rows,
-            dropped=reasons,
-            extra=manifests.redact(manifests.as_json(extra or {})),
-            content_hash=manifests.content_hash(entries),
-            files=entries,
-        )
+        values = self._values(entries, reasons, counts, extra or {})
         cards.write(self.path, values, pictures or {}, card or {})
         manifests.write_atomically(self.path / MANIFEST, manifests.dump(values))
         self.claim.finished = True
@@ -139,6 +128,27 @@ class Run:
         if self.name.hub_id is not None:
             self._push()
         return self.repo()
+
+    def _values(
+        self,
+        entries: Sequence[Mapping[str, Any]],
+        reasons: Mapping[str, int],
+        counts: Mapping[str, Any],
+        extra: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return what the manifest holds."""
+        rows: dict[str, int] = {}
+        for entry in entries:
+            rows[entry["split"]] = rows.get(entry["split"], 0) + entry["rows"]
+        return self.claim.manifest(
+            seed=self.claim.job.identity["seed"],
+            counts=manifests.as_json({**counts, "rows_out": sum(rows.values())}),
+            splits=rows,
+            dropped=reasons,
+            extra=manifests.redact(manifests.as_json(extra)),
+            content_hash=manifests.content_hash(entries),
+            files=entries,
+        )
 
     def drops(self) -> Drops:
         """Open dropped.jsonl, for a stage that drops rows while it makes its splits."""
