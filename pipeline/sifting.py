@@ -75,7 +75,8 @@ def select_records(batch: pa.RecordBatch, kind: str, rules: Rules) -> Selection:
     """Select prompt by prompt, in records instead of columns."""
     prompts = prompts_of(batch)
     rollouts = [rollout_from_row(row) for row in batch.to_pylist()]
-    rules.ahead(rollouts)
+    if any(rollout.turns is None for rollout in rollouts):
+        rules.ahead(rollouts)
     kept, numbers, dropped = list[Any](), list[int](), list[tuple[int, Dropped]]()
     choose = chooser(kind, rules)
     for number in range(int(prompts[-1]) + 1):

@@ -395,6 +395,23 @@ def test_the_stage_writes_the_scripts_rows(tmp_path: Path, num_proc: int) -> Non
     assert any(ties)
 
 
+def test_the_stage_needs_no_template_for_ids(tmp_path: Path) -> None:
+    rollouts = [fork(0, [3]), fork(1, [4, 5])]
+    run = store.begin("rank", "ranked", RepoConfig(), str(tmp_path / "ranked"), seed=7)
+    rows = pa.Table.from_pylist([rollout_row(one) for one in rollouts], schema=RANKED)
+    run.write({"train": rows}, counts={})
+    config = Config(
+        input_repo=str(tmp_path / "ranked"),
+        output_repo=str(tmp_path / "pairs"),
+        compat="refuel",
+        ties="keep",
+    )
+    main(config)
+    (row,) = store.open_repo(str(tmp_path / "pairs")).table("train").to_pylist()
+    assert (row["chosen_sample"], row["chosen_token"]) == (1, [10, 20, 1, 2, 11, 21, 4, 5])
+    assert row["chosen_mask"] == [0] * 6 + [1] * 2
+
+
 LIMIT_OF_PAGES = 124
 WORDS = ["yes", "no", "the answer", "it is", "forty-two", "lower"]
 SIDES = ("chosen", "reject")
