@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from pipeline.errors import DataError
 from pipeline.ragged import Ints, numbers
 from pipeline.repos import Repo
-from pipeline.rollout_arrays import NEEDED, USED, typed
+from pipeline.rollout_arrays import NEEDED, USED, cast, typed
 
 BATCH_ROWS = 1024
 
@@ -22,11 +22,14 @@ def whole_prompts(source: Repo, split: str, rewarded: bool) -> Iterator[pa.Recor
     """
     source.require([*NEEDED, "rewards"] if rewarded else NEEDED)
     columns = [name for name in USED if name in set(source.columns(split))]
+    batches: Iterable[pa.RecordBatch]
     if _is_together(source, split):
-        batches = source.batches(split, columns, BATCH_ROWS)
+        read = source.batches(split, columns, BATCH_ROWS)
+        batches = (typed(batch, source.name) for batch in read if batch.num_rows)
     else:
-        batches = _sorted(source.table(split, columns))
-    for batch in _joined(typed(batch, source.name) for batch in batches if batch.num_rows):
+        table = source.table(split, columns)
+        batches = _sorted([typed(batch, source.name) for batch in table.to_batches()])
+    for batch in _joined(batches):
         yield _by_sample(batch, source.name)
 
 
@@ -34,16 +37,18 @@ def _is_together(source: Repo, split: str) -> bool:
     names = source.table(split, ["prompt_id"]).column("prompt_id")
     if names.null_count:
         raise DataError(f"{source.name}: {names.null_count} rollouts have no prompt_id")
-    names = pa.concat_arrays([chunk.cast(pa.string()) for chunk in names.chunks])
+    if not len(names):
+        return True
+    where = f"{source.name}, column 'prompt_id'"
+    names = pa.concat_arrays([cast(chunk, pa.string(), where) for chunk in names.chunks])
     runs = 1 + pc.sum(pc.not_equal(names[1:], names[:-1]), min_count=0).as_py()
     return runs <= len(pc.unique(names))
 
 
-def _sorted(table: pa.Table) -> Iterator[pa.RecordBatch]:
-    """Yield a table's rows in key order; in pieces, since 2 GB of text don't fit one array."""
-    keys = table.select(["prompt_id", "sample"])
+def _sorted(batches: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield rows in key order; in pieces, since 2 GB of text don't fit one array."""
+    keys = pa.Table.from_batches([batch.select(["prompt_id", "sample"]) for batch in batches])
     order = pc.sort_indices(keys, [("prompt_id", "ascending"), ("sample", "ascending")])
-    batches = table.to_batches()
     firsts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     rows = order.to_numpy().astype(np.int64)
     for start in range(0, len(rows), BATCH_ROWS):

@@ -48,11 +48,12 @@ def typed(batch: pa.RecordBatch, source: str) -> pa.RecordBatch:
         elif batch.column(name).type.equals(kind):
             columns.append(batch.column(name))
         else:
-            columns.append(_cast(batch.column(name), kind, f"{source}, column {name!r}"))
+            columns.append(cast(batch.column(name), kind, f"{source}, column {name!r}"))
     return pa.RecordBatch.from_arrays(columns, names=list(USED))
 
 
-def _cast(column: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+def cast(column: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+    """Return a column in another type. DataError, with its name, where a value would change."""
     try:
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
