@@ -1,6 +1,11 @@
 """Turn ranked rollouts into ids, masks and pairs (or groups), dropping rows with a reason.
 
 python stages/tokenize_masks.py --input_repo ./ranked --output_repo ./pairs
+
+A row left out is in dropped.jsonl, with the first reason against it. Of a rollout: failed,
+not_a_dialogue, ended_before_fork, no_reward (where a reward is read), truncated (--truncated drop),
+empty_response, too_long (--max_length); then, without another to compare it with, missing_sibling;
+of a prompt's pairs: neither_best_nor_worst, different_prefix, same_response, tie (--ties drop).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
