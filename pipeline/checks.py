@@ -35,18 +35,24 @@ def checker(kind: str, rows: int, vocabulary: int = 0) -> Callable[[Shards], Non
 
     `rows` is how many there must be; `vocabulary` 0: unknown.
     """
-    schema, sides = (PAIRS, PAIR_SIDES) if kind == "pairs" else (GROUPS, (NO_ONE,))
+    schema = PAIRS if kind == "pairs" else GROUPS
 
     def check(shards: Shards) -> None:
         keys: dict[str, list[pa.RecordBatch]] = {}
         for split, paths in shards.items():
             keys[split] = []
             for batch in _read(paths, schema):
-                _raise_first(batch, kind, list(_problems(batch, sides, vocabulary)))
+                check_batch(batch, kind, vocabulary)
                 keys[split].append(batch.select(KEYS[kind]))
         _check_keys({split: pa.Table.from_batches(parts) for split, parts in keys.items()}, rows)
 
     return check
+
+
+def check_batch(batch: pa.RecordBatch, kind: str, vocabulary: int = 0) -> None:
+    """Raise DataError, with the row's name, for the first promise that a row breaks."""
+    sides = PAIR_SIDES if kind == "pairs" else (NO_ONE,)
+    _raise_first(batch, kind, list(_problems(batch, sides, vocabulary)))
 
 
 def _read(paths: Sequence[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -145,18 +145,18 @@ def fork_of(left: list[Message], right: list[Message]) -> int | None:
     """Return the policy turn at which two dialogues part; None where it is no turn of both's."""
     shorter = min(len(left), len(right))
     first = next((i for i in range(shorter) if left[i] != right[i]), None)
-    if first is None or any(text[first]["role"] != "assistant" for text in (left, right)):
+    if first is None or any(text[first].get("role") != "assistant" for text in (left, right)):
         return None
     return _answers(left[:first])
 
 
 def _answers(messages: list[Message]) -> int:
-    return sum(message["role"] == "assistant" for message in messages)
+    return sum(message.get("role") == "assistant" for message in messages)
 
 
 def prompt_id_of(messages: list[Message]) -> str:
     """Hash what comes before the first answer, so that pairs of one prompt share a split."""
-    end = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    end = next((i for i, m in enumerate(messages) if m.get("role") == "assistant"), len(messages))
     return _digest(messages[:end])
 
 

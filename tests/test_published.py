@@ -1,3 +1,7 @@
+import json
+import math
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,105 @@ from pipeline.published import pair_from_published
 from pipeline.records import Segment, Span
 from pipeline.rows import pair_from_row
 from pipeline.sources import open_pairs
-from pipeline.text_rows import rollouts_of_text, text_rollouts
+from pipeline.text_rows import fork_of, prompt_id_of, rollouts_of_text, text_rollouts
 from stages.tokenize_masks import Config, main
 from templates import make_tokenizer
 from tests import multiturn
+
+SIDES = ("chosen", "reject")
+
+
+def slowly(row: dict[str, Any]) -> dict[str, Any]:
+    """Read one row by one, in lists: what the arrays must equal."""
+    texts = [[{k: v for k, v in m.items() if v is not None} for m in row[s]] for s in SIDES]
+    fork = fork_of(*texts)
+    found: dict[str, Any] = {
+        "prompt_id": prompt_id_of(texts[0]),
+        "branch_turn": fork,
+        "score_turn": sum(m["role"] == "assistant" for m in texts[0]) - 1,
+    }
+    for side in SIDES:
+        padded = list(row[f"{side}_token"])
+        while padded and padded[-1] == multiturn.PAD:
+            padded.pop()
+        mask = list(row[f"{side}_mask"])[: len(padded)]
+        starts = [i for i, bit in enumerate(mask) if bit and not (i and mask[i - 1])]
+        ends = [i + 1 for i, bit in enumerate(mask) if bit and not any(mask[i + 1 : i + 2])]
+        first = (fork or 0) if len(starts) == 1 else 0
+        found[f"{side}_token"], found[f"{side}_mask"] = padded, mask
+        found[f"{side}_segments"] = [{"start": 0, "length": len(padded), "keep": 0}]
+        found[f"{side}_spans"] = [
+            {"turn": first + k, "start": start, "end": end}
+            for k, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
+        found[f"{side}_reward"] = row[f"{side}_reward"]
+    ids = [list(zip(found[f"{side}_token"], found[f"{side}_mask"], strict=True)) for side in SIDES]
+    pairs = enumerate(zip(*ids, strict=False))
+    found["prefix_length"] = next((i for i, (a, b) in pairs if a != b), min(map(len, ids)))
+    return found
+
+
+def why_not(pair: dict[str, Any], max_length: int) -> str | None:
+    trained = [
+        [i for i, bit in zip(pair[f"{s}_token"], pair[f"{s}_mask"], strict=True) if bit]
+        for s in SIDES
+    ]
+    rewards = [pair[f"{side}_reward"] for side in SIDES]
+    if any(reward is None or math.isnan(reward) for reward in rewards):
+        return "no_reward"
+    if not all(trained):
+        return "empty_response"
+    if max(len(pair[f"{side}_token"]) for side in SIDES) > max_length:
+        return "too_long"
+    if trained[0] == trained[1]:
+        return "same_response"
+    return "tie" if rewards[0] == rewards[1] else None
+
+
+def a_row(draw: random.Random) -> dict[str, Any]:
+    """Return a row with any of the defects, of any lengths, padded or full."""
+    row: dict[str, Any] = {}
+    shared = draw.choices([5, 6, multiturn.PAD], [5, 5, 1], k=draw.randint(0, 6))
+    for side in SIDES:
+        ids = [*shared, *draw.choices([5, 6, 7], k=draw.randint(0, 5))]
+        mask = draw.choices([0, 1], k=len(ids)) if draw.random() < 0.9 else [0] * len(ids)
+        mask[:1] = [0] * len(ids[:1])  # nothing precedes it
+        blanks = draw.choice([0, 3, 20])
+        row[f"{side}_token"] = ids + [multiturn.PAD] * blanks
+        row[f"{side}_mask"] = mask + [0] * blanks
+        row[f"{side}_reward"] = draw.choice([0.5, 0.25, 0.75, 1.5, None, float("nan")])
+        said = [{"role": r, "content": f"{r} {i}"} for i in (0, 1) for r in ("user", "assistant")]
+        said[draw.randrange(4)]["content"] = draw.choice(["user 0", "x", "y"])
+        row[side] = said[: draw.choice([1, 2, 4])]
+    return row
+
+
+def test_arrays_read_what_lists_do(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [a_row(draw) for _ in range(1500)]
+    repo = tokenize(tmp_path, rows, max_length=8)
+    pairs, dropped, seen = [], [], Counter[str]()
+    for row in rows:
+        pair = slowly(row)
+        first = 2 * seen[pair["prompt_id"]]
+        seen[pair["prompt_id"]] += 1
+        if reason := why_not(pair, 8):
+            samples = [first, first + 1]
+            dropped.append({"prompt_id": pair["prompt_id"], "samples": samples, "reason": reason})
+        else:
+            pairs.append(pair | {"chosen_sample": first, "reject_sample": first + 1})
+    assert [json.loads(line) for line in (repo.path / "dropped.jsonl").open()] == dropped
+    read = repo.table()
+    assert read.num_rows == len(pairs) > 100
+    for name in pairs[0]:
+        assert read.column(name).to_pylist() == [pair[name] for pair in pairs], name
+
+
+def test_a_mask_that_is_too_short_is_named(tmp_path: Path) -> None:
+    row = published_row([4, 5], [6])
+    row["reject_mask"] = row["reject_mask"][:2]
+    with pytest.raises(DataError, match="row 0 of a batch: reject_mask has 2 entries for 4 ids"):
+        tokenize(tmp_path, [row])
 
 
 def published_row(chosen: list[int], reject: list[int]) -> dict[str, Any]:
