@@ -157,11 +157,7 @@ def _answers(messages: list[Message]) -> int:
 def prompt_id_of(messages: list[Message]) -> str:
     """Hash what comes before the first answer, so that pairs of one prompt share a split."""
     end = next((i for i, m in enumerate(messages) if m.get("role") == "assistant"), len(messages))
-    return _digest(messages[:end])
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
+    text = json.dumps(messages[:end], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -204,7 +200,8 @@ def _new(row: Row | RowError, read: Reader, seen: set[bytes]) -> list[Rollout]:
         raise row
     rollouts = read(row)
     said = [(rollout.messages, rollout.tools, rollout.rewards) for rollout in rollouts]
-    digest = bytes.fromhex(_digest(said))
+    text = json.dumps(said, ensure_ascii=False)
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=12).digest()
     if digest in seen:
         raise RowError(DUPLICATE, "an earlier row says the same")
     seen.add(digest)

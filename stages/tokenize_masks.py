@@ -8,6 +8,7 @@ empty_response, too_long (--max_length); then, without another to compare it wit
 of a prompt's pairs: neither_best_nor_worst, different_prefix, same_response, tie (--ties drop).
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -205,6 +206,8 @@ def _texts(config: Config, date: str, opened: ExitStack) -> "TextEncoder":
         encoders: Any = template.load()
     else:
         encoders = opened.enter_context(closing(EncodingPool(template, config.num_proc)))
+    # The libraries stay until the end: a collector that walks them again and again takes a tenth.
+    gc.freeze()
     by_refuel = config.compat == "refuel"
     needs_reward = not by_refuel and (config.format == "pairs" or config.advantages != "none")
     return TextEncoder(encoders, config.mask, needs_reward, config.system_prompt, by_refuel)
