@@ -286,3 +286,13 @@ def test_tokenize_masks_reads_pairs_of_texts(tmp_path: Path) -> None:
     assert repo.manifest is not None
     # What somebody said after the last answer is nothing that trains.
     assert repo.manifest["dropped"] == {"duplicate": 2, "not_a_dialogue": 1}
+
+
+def test_the_row_that_is_wrong_is_named_not_the_one_before(tmp_path: Path) -> None:
+    rows = [published_row([4], [6]), published_row([5], [6])]
+    for row in rows:  # without padding, so that the masks of two rows touch
+        row["chosen_token"], row["chosen_mask"] = row["chosen_token"][:4], row["chosen_mask"][:4]
+    rows[1]["chosen_mask"][0] = 1
+    assert rows[0]["chosen_mask"][-1] == 1
+    with pytest.raises(DataError, match=r"samples 2 and 3 \(chosen\): the first id trains"):
+        tokenize(tmp_path, rows)
