@@ -38,6 +38,12 @@ def checker(kind: str, rows: int, vocabulary: int = 0) -> Callable[[Shards], Non
     schema = PAIRS if kind == "pairs" else GROUPS
 
     def check(shards: Shards) -> None:
+        try:
+            check_all(shards)
+        except DataError as error:
+            raise DataError(f"{error}. Nothing was published") from None
+
+    def check_all(shards: Shards) -> None:
         keys: dict[str, list[pa.RecordBatch]] = {}
         for split, paths in shards.items():
             keys[split] = []
@@ -68,7 +74,7 @@ def _raise_first(batch: pa.RecordBatch, kind: str, problems: Sequence[Problem]) 
     wrong = [(int(np.argmax(rows)), problem) for problem, rows in problems if rows.any()]
     if wrong:
         row, problem = min(wrong, key=lambda one: one[0])
-        raise DataError(f"{_name_of(batch, row, kind)}{problem}. Nothing was published")
+        raise DataError(f"{_name_of(batch, row, kind)}{problem}")
 
 
 def _name_of(batch: pa.RecordBatch, row: int, kind: str) -> str:

@@ -60,7 +60,7 @@ class Config:
     """auto: rollouts of a prompt share what they begin with, in rows without padding, where a probe
     on this model shows the same scores; none: a padded row for each rollout."""
     max_tokens_per_batch: int = execution(0)
-    """Most ids of one forward pass, padding included: 0 is 16384 on a GPU and 2048 on a CPU. When
+    """Most ids of one forward pass, padding included: 0 is 16384 on a GPU and 4096 on a CPU. When
     memory runs out it is halved."""
     engine: Literal["hf", "vllm"] = "hf"
     """What runs the model: hf (in this process) or vllm (pooling servers, for classifiers)."""

@@ -142,6 +142,7 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
         Backbone(model, device),
         head.to(device),
         checkpoints.resolved(config, settings, device),
+        checkpoints.PARALLEL[checkpoints.kind_of(device)],
     )
     scorer.probe(checkpoints.TOLERANCE[dtype])
     return scorer

@@ -61,6 +61,7 @@ def load(folder: Path, name: str, fingerprint: str, settings: Settings) -> OnePa
         Backbone(model.base_model, device),
         LinearHead(model.score),
         settings,
+        checkpoints.PARALLEL[checkpoints.kind_of(device)],
     )
     scorer.probe(checkpoints.TOLERANCE[dtype])
     return scorer

@@ -60,7 +60,6 @@ class OnePass:
     """
 
     reads_reply = False
-    parallel = 2  # one chunk is encoded while the device reads another
 
     def __init__(
         self,
@@ -70,7 +69,13 @@ class OnePass:
         backbone: Reader,
         head: Head,
         settings: Settings,
+        parallel: int = 1,
     ) -> None:
+        """Put a reward model together; with `parallel` 2, chunks are encoded while others are read.
+
+        That is for a GPU: on a CPU the encoder takes the cores away from the model.
+        """
+        self.parallel = parallel
         self.name = name
         self.fingerprint = fingerprint
         self.separate = False
