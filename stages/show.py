@@ -46,8 +46,8 @@ class Config:
     """Show ids and their places beside the text."""
     width: int = 0
     """Columns to write; those of the terminal unless told. From 120 on, a pair is side by side."""
-    no_color: bool = False
-    """Mark what trains with brackets instead of colours; so do NO_COLOR, and output to a file."""
+    color: bool = True
+    """Show what trains in colour; with --no_color, NO_COLOR or output to a file, in brackets."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -77,7 +77,7 @@ def main(config: Config) -> None:
 
     repo = glance(config.repo, config.split)
     places = _places(repo, config)
-    colour = not config.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
+    colour = config.color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
     width = config.width or shutil.get_terminal_size().columns
     decoder, said = _decoder(repo, config)
     look = Look(decoder, colour, width, config.max_tokens, config.ids)
