@@ -535,7 +535,7 @@ def no_encoder() -> Any:
 def test_a_tokenizer_that_is_gone_leaves_numbers(tmp_path: Path, show: Any) -> None:
     write(tmp_path / "r", [played([[7]])], model=str(tmp_path / "gone"))
     shown = show(tmp_path / "r")
-    assert "No tokenizer is known" in shown
+    assert "No tokenizer is known" in " ".join(shown.split())  # a long path breaks the line
 
 
 def test_words_of_a_folder_know_its_special_ids(repos: Path, tokenizer: Any) -> None:
