@@ -85,7 +85,8 @@ def main(config: Config) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few characters
     console = Console(width=width, no_color=not colour, highlight=False, markup=False, emoji=False)
     console.print(
-        f"{in_line(repo.repo.name)}, split {in_line(repo.split)}: {repo.num_rows} rows. {said}"
+        f"{in_line(repo.repo.name)}, split {in_line(repo.split)}: {repo.num_rows} rows. {said}",
+        soft_wrap=True,  # a path stays in one piece, whatever its length
     )
     console.print(legend(look))
     for place in places:
